@@ -1,0 +1,1 @@
+"""Stream prompt files through OpenAI-compatible endpoints and keep every answer."""
