@@ -1,0 +1,66 @@
+"""What a run knows about itself while it runs: counters that the engine turns and a display reads.
+
+A plain object without locks: one event loop writes it, the display's thread polls it a few times a second.
+Each attribute is replaced or appended to in one step of the interpreter, so a reader may see counters that are a
+row apart, never a broken one. Anything exact comes from the journal, not from here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+RECENT = 2000
+"""How many of the newest TTFTs the display's percentiles look back over."""
+
+
+class Progress:
+    """Counters of one run. Times are seconds of the monotonic clock unless said otherwise.
+
+    `total`: rows of the input, None while unknown; `resumed`: rows that had a result before this run;
+    `done`: rows that got one in this run, `ok` + `failed`; `in_flight`: requests sent and not ended;
+    `waiting`: rows that wait for their next attempt; `tokens`: completion tokens the endpoint reported;
+    `retries`: attempts that will be (or were) made again, by kind in `retry_kinds`; `failures`: failed rows by kind;
+    `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
+    `message`: one line on what binds the run now, "" for nothing.
+    """
+
+    __slots__ = (
+        "done", "failed", "failures", "gate_until", "in_flight", "message", "ok", "resumed", "retries", "retry_kinds",
+        "started", "tokens", "total", "ttft", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, started: float, total: int | None = None, resumed: int = 0) -> None:
+        self.started = started
+        self.total = total
+        self.resumed = resumed
+        self.done = 0
+        self.ok = 0
+        self.failed = 0
+        self.in_flight = 0
+        self.waiting = 0
+        self.retries = 0
+        self.tokens = 0
+        self.failures: Counter[str] = Counter()
+        self.retry_kinds: Counter[str] = Counter()
+        self.ttft: deque[float] = deque(maxlen=RECENT)
+        self.gate_until: float | None = None
+        self.message = ""
+
+    def row_ok(self, completion_tokens: int | None, ttft_s: float | None) -> None:
+        """A row ended with an answer; None = the endpoint did not say."""
+        self.ok += 1
+        self.done += 1
+        self.tokens += completion_tokens or 0
+        if ttft_s is not None:
+            self.ttft.append(ttft_s)
+
+    def row_failed(self, kind: str) -> None:
+        """A row ended without an answer."""
+        self.failed += 1
+        self.done += 1
+        self.failures[kind] += 1
+
+    def retry(self, kind: str) -> None:
+        """An attempt failed in a way that is tried again."""
+        self.retries += 1
+        self.retry_kinds[kind] += 1

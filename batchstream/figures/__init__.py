@@ -1,0 +1,1 @@
+"""Numbers: durations, percentiles, summaries, evidence. Pure: no clock, no chance, no I/O."""

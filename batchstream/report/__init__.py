@@ -1,0 +1,1 @@
+"""Figures for people and programs: text, Markdown, JSON, the live display."""
