@@ -17,9 +17,10 @@ class Progress:
     """Counters of one run. Times are seconds of the monotonic clock unless said otherwise.
 
     `total`: rows of the input, None while unknown; `resumed`: rows that had a result before this run;
-    `done`: rows that got one in this run, `ok` + `failed`; `in_flight`: requests sent and not ended;
-    `waiting`: rows that wait for their next attempt; `tokens`: completion tokens the endpoint reported;
-    `retries`: attempts that will be (or were) made again, by kind in `retry_kinds`; `failures`: failed rows by kind;
+    `done`: rows that got one in this run, `ok` + `failed`; `failures`: the failed ones by kind;
+    `in_flight`: requests sent and not ended; `waiting`: rows that wait for their next attempt;
+    `tokens`: completion tokens the endpoint reported, failed attempts included;
+    `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
     `message`: one line on what binds the run now, "" for nothing.
     """
@@ -45,22 +46,3 @@ class Progress:
         self.ttft: deque[float] = deque(maxlen=RECENT)
         self.gate_until: float | None = None
         self.message = ""
-
-    def row_ok(self, completion_tokens: int | None, ttft_s: float | None) -> None:
-        """A row ended with an answer; None = the endpoint did not say."""
-        self.ok += 1
-        self.done += 1
-        self.tokens += completion_tokens or 0
-        if ttft_s is not None:
-            self.ttft.append(ttft_s)
-
-    def row_failed(self, kind: str) -> None:
-        """A row ended without an answer."""
-        self.failed += 1
-        self.done += 1
-        self.failures[kind] += 1
-
-    def retry(self, kind: str) -> None:
-        """An attempt failed in a way that is tried again."""
-        self.retries += 1
-        self.retry_kinds[kind] += 1
