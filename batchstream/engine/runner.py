@@ -1,0 +1,305 @@
+"""Many requests at once: bounded concurrency, retries that give their slot back, one stop for all.
+
+Each row is one task. It holds a slot only from its turn in the lane to the end of the response; waiting
+for a retry it holds none, so the slots stay busy with fresh rows. The number of rows alive (on the wire
+or waiting) is bounded too, which keeps memory flat whatever the file's length. Before a request leaves
+it passes its lane: the rate, and the gate that a 429 closes for everybody.
+
+Ending: `stop(reason)` admits nothing more and lets what is on the wire finish (drain); `abort()` cuts it.
+Rows that are waiting when the run stops stay pending, as do rows refused for the account's sake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Literal, Protocol
+
+import msgspec
+
+from batchstream.engine.client import Client
+from batchstream.engine.course import Course
+from batchstream.engine.outcome import invalid_result, result_of
+from batchstream.engine.progress import Progress
+from batchstream.policy.breaker import Breaker
+from batchstream.policy.limits import Lane
+from batchstream.policy.retry import ACCOUNT_KINDS, RetryPolicy
+from batchstream.records import Attempt, Failure, InvalidRow, Request, Result
+
+ALIVE_PER_SLOT = 4
+"""Rows alive for each slot: one on the wire, the others waiting for their retry."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Why a run ended before its rows did. `cause` decides the exit code."""
+
+    cause: Literal["signal", "account", "endpoint", "budget", "storage"]
+    message: str
+    signal: int = 0
+
+
+class Sink(Protocol):
+    """Where the runner puts what happens to a row: the journal, or a caller's queue."""
+
+    async def admit(self, request: Request) -> None:
+        """Just before the first request of a row may leave. May wait (for the disk to catch up)."""
+
+    def done(self, row: Request | InvalidRow, result: Result) -> None:
+        """The row has its result."""
+
+    def gave_up(self, request: Request, *, maybe_billed: bool) -> None:
+        """An admitted row stays pending after all: nothing of it is stored."""
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """Limits the user set on one run; None is no limit. `seconds` count from the start of admission."""
+
+    seconds: float | None = None
+    requests: int | None = None
+    tokens: int | None = None
+
+
+class Runner:
+    """Runs rows through a client into a sink. One use; all methods on one event loop.
+
+    `on_failure(request, failure)` is told of every attempt that failed (for logs).
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        sink: Sink,
+        progress: Progress,
+        *,
+        concurrency: int,
+        policy: RetryPolicy,
+        lane: Lane,
+        breaker: Breaker,
+        budget: Budget,
+        on_failure: Callable[[Request, Failure], None] | None = None,
+    ) -> None:
+        self.stop_reason: Stop | None = None
+        self._client = client
+        self._sink = sink
+        self._progress = progress
+        self._slots = asyncio.Semaphore(concurrency)
+        self._alive = asyncio.Semaphore(concurrency * ALIVE_PER_SLOT)
+        self._turn = asyncio.Lock()
+        self._policy = policy
+        self._lane = lane
+        self._breaker = breaker
+        self._budget = budget
+        self._on_failure = on_failure
+        self._tasks: dict[asyncio.Task[None], Course] = {}
+        self._refused: list[tuple[Course, Attempt]] = []
+        self._stopped = asyncio.Event()
+        self._requests = 0
+        self._tokens = 0
+        self._bug: BaseException | None = None
+        # One reading of the two clocks: instants become dates by it, whatever the wall clock does later.
+        self._epoch = time.time() - time.monotonic()
+
+    def stop(self, reason: Stop) -> None:
+        """Admit nothing more; rows on the wire finish, rows waiting stay pending. The first reason counts."""
+        if self.stop_reason is not None:
+            return
+        self.stop_reason = reason
+        self._stopped.set()
+        for task, course in list(self._tasks.items()):
+            if not course.on_wire:
+                task.cancel()
+
+    def abort(self) -> None:
+        """Cut what is on the wire, now. What was cut stays pending and may have been billed."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def run(self, rows: AsyncIterator[list[Request | InvalidRow]], *, drain_timeout: float) -> Stop | None:
+        """Serve all rows, or stop early and say why. Raises bugs, and what `rows` or the sink raise."""
+        alarm = None
+        if self._budget.seconds is not None:
+            reason = Stop("budget", f"--max-time {self._budget.seconds:g} s is over")
+            alarm = asyncio.get_running_loop().call_later(self._budget.seconds, self.stop, reason)
+        try:
+            async for batch in rows:
+                for row in batch:
+                    if not await self._admit(row):
+                        break
+                if self._stopped.is_set():
+                    break
+            await self._drain(drain_timeout)
+        except BaseException:
+            await self._cut()
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+        if self._bug is not None:
+            raise self._bug
+        self._keep_refused_pending()
+        return self.stop_reason
+
+    async def _admit(self, row: Request | InvalidRow) -> bool:
+        """Start one row; False when the run has stopped and the row was not taken."""
+        if isinstance(row, InvalidRow):
+            self._sink.done(row, invalid_result(row))
+            return not self._stopped.is_set()
+        if not await self._unless_stopped(self._alive):
+            return False
+        if not await self._unless_stopped(self._slots):
+            self._alive.release()
+            return False
+        await self._sink.admit(row)
+        course = Course(row, self._policy, self._send, self._park)
+        task = asyncio.create_task(self._serve(course))
+        self._tasks[task] = course
+        task.add_done_callback(self._ended)
+        return True
+
+    async def _unless_stopped(self, room: asyncio.Semaphore) -> bool:
+        """Take a place, unless the run stops first."""
+        if self._stopped.is_set():
+            return False
+        if not room.locked():
+            return await room.acquire()
+        place = asyncio.ensure_future(room.acquire())
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait((place, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not self._stopped.is_set():
+            return True
+        if place.done():
+            room.release()
+        else:
+            place.cancel()
+        return False
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        course = self._tasks.pop(task)
+        self._alive.release()
+        if course.holds_slot:
+            self._slots.release()
+        if task.cancelled():
+            self._sink.gave_up(course.request, maybe_billed=course.on_wire)
+        elif (error := task.exception()) is not None and self._bug is None:
+            self._bug = error
+            self._stopped.set()
+            self.abort()
+
+    async def _drain(self, timeout: float) -> None:
+        """Wait for the rows under way: as long as it takes, or for `timeout` seconds once stopped."""
+        while self._tasks and not self._stopped.is_set():
+            stopped = asyncio.ensure_future(self._stopped.wait())
+            await asyncio.wait((*self._tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks), timeout=timeout)
+        await self._cut()
+
+    async def _cut(self) -> None:
+        while self._tasks:
+            self.abort()
+            await asyncio.wait(tuple(self._tasks), timeout=1.0)
+
+    async def _serve(self, course: Course) -> None:
+        attempt = await course.run()
+        failure = attempt.failure
+        if failure is None:
+            self._breaker.succeeded()
+            self._lane.succeeded()
+            for other in self._refused:  # the account works, so these were the rows' own trouble
+                self._finish(*other)
+            self._refused.clear()
+            self._finish(course, attempt)
+        elif failure.kind in ACCOUNT_KINDS and self._breaker.enabled:
+            self._refused.append((course, attempt))
+            if (reason := self._breaker.account(failure)) is not None:
+                self.stop(Stop("account", reason))
+        elif self._policy.too_long(failure):
+            self._sink.gave_up(course.request, maybe_billed=False)
+            message = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait {self._policy.max_wait:.0f}"
+            self.stop(Stop("budget", f"{message}: {failure.message}"))
+        else:
+            self._finish(course, attempt)
+            if (reason := self._breaker.row_failed(failure)) is not None:
+                self.stop(Stop("endpoint", reason))
+
+    def _keep_refused_pending(self) -> None:
+        for course, attempt in self._refused:
+            self._sink.gave_up(course.request, maybe_billed=False)
+            if self.stop_reason is None and attempt.failure is not None:
+                self.stop_reason = Stop("account", f"{attempt.failure.kind}: {attempt.failure.message}")
+        self._refused.clear()
+
+    def _finish(self, course: Course, attempt: Attempt) -> None:
+        sent = attempt.timing.sent
+        started_at = None if sent is None else _iso(self._epoch + sent)
+        self._sink.done(course.request, result_of(course.request, attempt, course.retries, started_at))
+
+    async def _send(self, course: Course) -> Attempt:
+        """One attempt: through the lane, onto the wire, and the news it brings for the lane."""
+        await self._pass_lane()
+        progress = self._progress
+        course.on_wire = True
+        progress.in_flight += 1
+        self._requests += 1
+        if self._requests == self._budget.requests:
+            self.stop(Stop("budget", f"--max-requests {self._budget.requests} are used up"))
+        try:
+            attempt = await self._client.attempt(course.request, time.monotonic())
+        finally:
+            progress.in_flight -= 1
+        course.on_wire = False
+        self._learn(course, attempt)
+        return attempt
+
+    def _learn(self, course: Course, attempt: Attempt) -> None:
+        progress, failure, completion = self._progress, attempt.failure, attempt.completion
+        if completion is not None and completion.usage is not None:
+            self._tokens += completion.usage.total_tokens or 0
+            progress.tokens += completion.usage.completion_tokens or 0
+            if self._budget.tokens is not None and self._tokens >= self._budget.tokens:
+                self.stop(Stop("budget", f"--max-tokens-total {self._budget.tokens} are used up ({self._tokens} so far)"))
+        if failure is None:
+            timing = attempt.timing
+            if timing.sent is not None and timing.first_output is not None:
+                progress.ttft.append(timing.first_output - timing.sent)
+            return
+        if failure.kind == "rate_limit":
+            self._lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
+            progress.gate_until = self._lane.closed_until
+        if self._on_failure is not None:
+            self._on_failure(course.request, failure)
+
+    async def _park(self, course: Course, seconds: float) -> None:
+        """Wait for a retry without holding a slot, then take one again."""
+        progress = self._progress
+        progress.retries += 1
+        progress.retry_kinds[course.retries[-1].kind] += 1
+        if self._stopped.is_set():
+            raise asyncio.CancelledError
+        progress.waiting += 1
+        course.holds_slot = False
+        self._slots.release()
+        try:
+            await asyncio.sleep(seconds)
+            await self._slots.acquire()
+            course.holds_slot = True
+        finally:
+            progress.waiting -= 1
+
+    async def _pass_lane(self) -> None:
+        """Wait until the lane lets a request leave, in the order of asking."""
+        lane = self._lane
+        if not self._turn.locked() and lane.reserve(time.monotonic()) == 0.0:
+            return
+        async with self._turn:
+            while (wait := lane.reserve(time.monotonic())) > 0.0:
+                await asyncio.sleep(wait)
+
+
+def _iso(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,0 +1,45 @@
+"""When to stop the whole run instead of burning the remaining rows: pure counting."""
+
+from __future__ import annotations
+
+from batchstream.policy.retry import ACCOUNT_KINDS
+from batchstream.records import Failure
+
+ACCOUNT_LIMIT = 3
+ALIKE_LIMIT = 20
+"""So many rows given up in a row, all for the same reason and with no success between them."""
+
+OF_THE_ROW = frozenset({"context_length", "content_filter"})
+"""Kinds that speak about one row; a file may well be full of them."""
+
+
+class Breaker:
+    """Counts what ended in a row. `account` and `row_failed` return the reason to stop, or None."""
+
+    __slots__ = ("_account", "_alike", "_kind", "enabled")
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._account = 0
+        self._alike = 0
+        self._kind = ""
+
+    def succeeded(self) -> None:
+        self._account = self._alike = 0
+
+    def account(self, failure: Failure) -> str | None:
+        """An attempt was refused for the account's sake (`policy.retry.ACCOUNT_KINDS`)."""
+        self._account += 1
+        if self.enabled and self._account >= ACCOUNT_LIMIT:
+            return f"{failure.kind}: {failure.message}"
+        return None
+
+    def row_failed(self, failure: Failure) -> str | None:
+        """A row has been given up after its last attempt."""
+        if not self.enabled or failure.kind in OF_THE_ROW or failure.kind in ACCOUNT_KINDS:
+            return None
+        self._alike = self._alike + 1 if failure.kind == self._kind else 1
+        self._kind = failure.kind
+        if self._alike >= ALIKE_LIMIT:
+            return f"{self._alike} rows failed in a row with {failure.kind}: {failure.message}"
+        return None

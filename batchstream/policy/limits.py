@@ -1,0 +1,55 @@
+"""When the next request may leave: the rate of a lane and its gate. Pure; the caller gives the time.
+
+A lane is endpoint + key + model. A 429 is news about the lane, not about one request: its gate closes for
+everybody until the stated time, or, when nothing is stated and nothing gets through any more, until the
+next minute begins on the wall clock (a fixed window of a minute is the commonest design).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from batchstream.records import Failure
+
+WINDOW_S = 60.0
+SHUT_AFTER = 3
+"""So many 429s without a hint and without a success between them mean that the window is used up."""
+
+
+class Lane:
+    """State of one lane; all times are seconds, `now` monotonic, `wall` since the epoch.
+
+    `rpm` requests a minute are spaced evenly (GCRA with a burst of one): never more than
+    `rpm` + 1 in any 60 seconds, never idle while one is allowed.
+    """
+
+    __slots__ = ("_hintless", "_interval", "_next", "closed_until")
+
+    def __init__(self, rpm: float | None = None) -> None:
+        self._interval = WINDOW_S / rpm if rpm else 0.0
+        self._next = 0.0
+        self._hintless = 0
+        self.closed_until = 0.0
+
+    def reserve(self, now: float) -> float:
+        """Seconds until a request may leave. 0.0 takes the place; otherwise ask again after that time."""
+        wait = max(self.closed_until, self._next) - now
+        if wait > 0.0:
+            return wait
+        self._next = max(self._next, now) + self._interval
+        return 0.0
+
+    def succeeded(self) -> None:
+        self._hintless = 0
+
+    def rate_limited(self, failure: Failure, now: float, wall: float, uniform: Callable[[float, float], float]) -> None:
+        """A 429 came back: close the gate as far as it says, or as experience says."""
+        if failure.retry_after is not None:
+            self._close(now + failure.retry_after)
+            return
+        self._hintless += 1
+        if self._hintless >= SHUT_AFTER:
+            self._close(now + (WINDOW_S - wall % WINDOW_S) + uniform(0.0, 1.0))
+
+    def _close(self, until: float) -> None:
+        self.closed_until = max(self.closed_until, until)

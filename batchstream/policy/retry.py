@@ -1,0 +1,57 @@
+"""Whether a failed attempt is tried again, and when: decisions without a clock.
+
+The practice (sources: AWS "Exponential backoff and jitter", Google SRE book ch. 21-22, RFC 9110 10.2.3):
+full jitter, a wait that the server states is a floor with jitter upwards only, waits for a rate limit
+do not eat attempts, and a wait beyond what the user allows is not shortened but refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from batchstream.records import Failure
+
+BACKOFF_CAP_S = 60.0
+RATE_LIMIT_PATIENCE_S = 3600.0
+"""How long one row may wait for a rate limit altogether before the row is given up."""
+
+ACCOUNT_KINDS = frozenset({"auth", "permission", "quota"})
+"""The account's trouble, not the row's: such a row stays pending and is asked when the cause is mended."""
+
+_BASE_S = {"rate_limit": 1.0, "overloaded": 1.0}  # others: a quarter of a second
+_UNCOUNTED = frozenset({"rate_limit"})
+
+
+class RetryPolicy(msgspec.Struct, frozen=True):
+    """`max_attempts` counts attempts that did not fail for a rate limit; `max_wait` is the longest
+    wait in seconds that a server may ask for."""
+
+    max_attempts: int = 5
+    max_wait: float = 300.0
+
+    def may_retry(self, failures: list[Failure], waited_for_limit: float) -> bool:
+        """After these failed attempts of a row (the last one just now), is there another?
+
+        `waited_for_limit`: seconds this row has already waited for rate limits.
+        """
+        last = failures[-1]
+        if not last.retryable or self.too_long(last):
+            return False
+        if last.kind in _UNCOUNTED:
+            return waited_for_limit < RATE_LIMIT_PATIENCE_S
+        return sum(f.kind not in _UNCOUNTED for f in failures) < self.max_attempts
+
+    def too_long(self, failure: Failure) -> bool:
+        """The server asks for more patience than the user has."""
+        return failure.retryable and failure.retry_after is not None and failure.retry_after > self.max_wait
+
+    def wait(self, failures: list[Failure], uniform: Callable[[float, float], float]) -> float:
+        """Seconds to wait after the last of `failures`; `uniform(a, b)` is the source of chance."""
+        last = failures[-1]
+        if last.retry_after is not None:
+            return last.retry_after + uniform(0.0, max(0.5, last.retry_after * 0.1))
+        same = sum(f.kind == last.kind for f in failures)
+        ceiling = min(BACKOFF_CAP_S, _BASE_S.get(last.kind, 0.25) * 2.0 ** (min(same, 20) - 1))
+        return uniform(0.0, ceiling)
