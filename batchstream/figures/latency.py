@@ -10,19 +10,20 @@ from __future__ import annotations
 from batchstream.records import Latencies, Timing, Usage
 
 DEFINITIONS: dict[str, str] = {
-    "ttft_s": "request written → first event with generated output (text, reasoning, refusal, tool call)",
-    "ttfo_s": "request written → first output that is not reasoning",
-    "ttfb_s": "request written → response headers",
-    "ttfc_s": "request written → first data event, even an empty one",
-    "latency_s": "request written → last generated output",
-    "total_s": "request written → end of the stream",
-    "tpot_s": "(latency − TTFT) / (completion tokens − 1); rows without usage have none",
-    "gap_max_s": "longest gap between two successive events with output (events, not tokens: no ITL)",
-    "queue_s": "allowed to start → request written",
+    "ttft_s": "sent → first text, reasoning, refusal or tool-call fragment",
+    "ttfo_s": "sent → first output that is not reasoning",
+    "ttfb_s": "sent → response headers",
+    "ttfc_s": "sent → first data event, even one without output",
+    "latency_s": "sent → last generated output",
+    "total_s": "sent → end of the stream",
+    "tpot_s": "(latency − TTFT) / (completion tokens − 1); none without usage",
+    "gap_max_s": "longest gap between two events with output (events, not tokens)",
+    "queue_s": "due (allowed to start) → sent",
 }
 """Field of `Latencies` → what is measured, in the order in which figures are shown.
 
-All are of the attempt that succeeded, in seconds, stamped when bytes arrive and before they are parsed."""
+`sent` is the instant just before the request is written. All are of the attempt that succeeded, in seconds,
+stamped when bytes arrive and before they are parsed."""
 
 
 def latencies(timing: Timing, usage: Usage | None, started_at: str | None) -> Latencies:

@@ -1,0 +1,55 @@
+"""The verdict is `trusted` up to each limit, and past it says what was seen and what to do."""
+
+import msgspec
+import pytest
+
+from batchstream.figures.evidence import (
+    CPU_SHARE_MAX,
+    GC_SHARE_MAX,
+    LOOP_LAG_P99_MAX_S,
+    SLIP_P99_MAX_S,
+    STALL_MAX_S,
+    Evidence,
+    verdict,
+)
+
+QUIET = Evidence(
+    elapsed_s=100.0,
+    loop_lag_p99_s=LOOP_LAG_P99_MAX_S,
+    loop_lag_max_s=STALL_MAX_S,
+    cpu_s=85.0,
+    cpu_share=CPU_SHARE_MAX,
+    gc_pause_total_s=100.0 * GC_SHARE_MAX,
+    gc_pause_max_s=STALL_MAX_S,
+    reads=10,
+    events=20,
+    schedule_slip_p99_s=SLIP_P99_MAX_S,
+)
+
+
+def test_a_client_within_all_limits_is_trusted():
+    assert verdict(QUIET) == ("trusted", [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("loop_lag_p99_s", 0.0042, "event loop 4.2 ms late at p99 (limit 2 ms): use fewer streams or more workers"),
+        ("loop_lag_max_s", 0.25, "event-loop stall of 250 ms (limit 100 ms): maxima and p99.9 may be the client's; "
+                                 "look for other load on this machine"),
+        ("gc_pause_max_s", 0.12, "garbage-collection pause of 120 ms (limit 100 ms): maxima and p99.9 may be the "
+                                 "client's; use more workers with fewer streams each"),
+        ("cpu_share", 0.97, "client used 97% of a core (limit 85%): use fewer streams or more workers"),
+        ("gc_pause_total_s", 2.5, "2.5% of the run went into garbage collection (limit 1%): use more workers"),
+        ("schedule_slip_p99_s", 0.05, "requests left 50.0 ms late at p99 (limit 5 ms): lower the rate or use more "
+                                      "workers"),
+    ],
+)  # fmt: skip
+def test_a_client_past_one_limit_is_degraded_for_that_reason(field, value, reason):
+    assert verdict(msgspec.structs.replace(QUIET, **{field: value})) == ("degraded", [reason])
+
+
+def test_a_client_that_was_not_watched_is_not_trusted():
+    judged, reasons = verdict(Evidence(elapsed_s=1.0))
+    assert judged == "degraded"
+    assert reasons == ["event-loop lag was not measured: take the latencies as upper bounds"]
