@@ -1,14 +1,14 @@
-"""The only HTTP client: one aiohttp session, whose errors become ours at this border.
+"""The only HTTP client; its errors become ours at this border.
 
-A call of `Transport.exchange` writes one request and pours the response, read by read and stamped
-with the monotonic clock, into a `wire.reception.Reception`, which says when enough has been read.
-What goes wrong on the way ends in a `Failure` value; nothing is raised but cancellation.
+A call of `Transport.exchange` writes one request and pours the response, stamped with the monotonic clock
+on arrival, into a `wire.reception.Reception`, which says when enough has been read. What goes wrong on
+the way ends in a `Failure` value; nothing is raised but cancellation.
 
-Choices, with their reasons: no limit on connections (the engine bounds concurrency; aiohttp's default
-of 100 would queue requests unseen, inside somebody's TTFT); no redirects (a redirect would carry the key
-elsewhere); proxies from the environment only when asked; `Accept-Encoding: identity` (a compressor that
-does not flush holds tokens back); bodies are read raw and decoded by the reception, so that what a
-server sends compressed all the same is read right; no cookies.
+Two paths, one behaviour: the fast one (`net.fast`) for everything direct, aiohttp's public `ClientSession` for
+proxies and for releases of aiohttp that the fast one does not know. For both: no limit on connections (the
+engine bounds concurrency; aiohttp's default of 100 would queue requests unseen, inside somebody's TTFT); no
+redirects; proxies from the environment only when asked; `Accept-Encoding: identity` (a compressor that does
+not flush holds tokens back), but what comes compressed is decoded by the reception; no cookies.
 """
 
 from __future__ import annotations
@@ -16,67 +16,62 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import yarl
 
 from batchstream.errors import InputError
-from batchstream.net.deadlines import SWEEP_S, Limits, overdue
+from batchstream.net import aiohttp_private
+from batchstream.net.deadlines import SWEEP_S, Limits
+from batchstream.net.exchange import GRACE_S, Exchange, redirect
+from batchstream.net.fast import FastPath
 from batchstream.records import Failure
+from batchstream.wire.http1 import MAX_HEAD
 from batchstream.wire.reception import Reception
-
-_MAX_HEADER = 65536  # bytes of one response header line or field
-
-
-class Exchange:
-    """One request under way, as the sweeper sees it. `sent` is None until the request is being written."""
-
-    __slots__ = ("expired", "limits", "reception", "sent", "task")
-
-    def __init__(self, reception: Reception, limits: Limits) -> None:
-        self.reception = reception
-        self.limits = limits
-        self.sent: float | None = None
-        self.expired: str | None = None
-        self.task: asyncio.Task[Any] | None = asyncio.current_task()
 
 
 class Transport:
     """An HTTP client for streamed responses; use as an async context manager, on one event loop.
 
-    `ca_file` names a PEM file of authorities to trust instead of the system's.
+    `ca_file` names a PEM file of authorities to trust instead of the system's; `path` forces one of the two ways.
     """
 
-    def __init__(self, *, trust_env: bool = False, ca_file: str | None = None, connect_timeout: float = 10.0) -> None:
-        self._trust_env = trust_env
+    def __init__(
+        self,
+        *,
+        connect_timeout: float = 10.0,
+        ca_file: str | None = None,
+        trust_env: bool = False,
+        path: Literal["auto", "fast", "public"] = "auto",
+    ) -> None:
         self._tls: ssl.SSLContext | bool = _tls_context(ca_file) if ca_file else True
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout, sock_connect=connect_timeout)
+        self._trust_env = trust_env
+        proxied = trust_env and bool(urllib.request.getproxies())
+        self._use_fast = path == "fast" or (path == "auto" and not proxied and aiohttp_private.supported())
         self._live: set[Exchange] = set()
-        self._session: aiohttp.ClientSession
         self._sweeper: asyncio.TimerHandle | None = None
+        self._fast: FastPath | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Transport:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, ssl=self._tls)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=self._timeout,
-            trust_env=self._trust_env,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            read_bufsize=1 << 18,
-            max_line_size=_MAX_HEADER,
-            max_field_size=_MAX_HEADER,
-        )
+        if self._use_fast:
+            self._fast = FastPath(self._tls, self._timeout)
+        else:
+            self._session = self._public_session()
         self._sweep()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await self._session.close()
+        if self._fast is not None:
+            await self._fast.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def exchange(
         self, url: yarl.URL, headers: Mapping[str, str], body: bytes, reception: Reception, limits: Limits
@@ -89,68 +84,74 @@ class Transport:
         exchange = Exchange(reception, limits)
         self._live.add(exchange)
         try:
-            return exchange.sent, await self._stream(exchange, url, headers, body)
+            if self._fast is not None:
+                failure = await self._fast.stream(exchange, url, headers, body)
+            else:
+                failure = await self._public(exchange, url, headers, body)
         except asyncio.CancelledError:
             if exchange.expired is None:
                 raise
             if exchange.task is not None:
                 exchange.task.uncancel()
-            reception.end(False, time.monotonic(), exchange.expired)
-            return exchange.sent, Failure("timeout", exchange.expired, retryable=True, status=reception.status)
+            failure = None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            failure = self._broken(exchange, error)
         finally:
             self._live.discard(exchange)
+        if exchange.expired is not None:
+            reception.end(False, time.monotonic(), exchange.expired)
+            return exchange.sent, Failure("timeout", exchange.expired, retryable=True, status=reception.status)
+        return exchange.sent, failure
 
-    async def _stream(self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes) -> Failure | None:
+    async def _public(self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes) -> Failure | None:
+        """The same over aiohttp's public interface. Stamps are those of the reading coroutine."""
+        assert self._session is not None  # noqa: S101  (made on entry)
         reception = exchange.reception
-        try:
-            async with self._session.post(
-                url, data=_StampedBody(body, exchange), headers=headers, allow_redirects=False
-            ) as response:
-                now = time.monotonic()
-                if 300 <= response.status < 400:
-                    return _redirect(url, response.status, response.headers.get("Location"))
-                reception.head(response.status, list(response.headers.items()), now)
-                read = response.content.readany
-                while data := await read():
-                    if reception.feed(data, time.monotonic()):
-                        # What follows the end of the answer is not waited for; the connection is reused
-                        # only if its rest is already here.
-                        if not response.content.at_eof():
-                            response.close()
-                        break
-                else:
-                    reception.end(True, time.monotonic())
-        except aiohttp.ClientError as error:
-            return self._broken(exchange, error)
-        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-            return self._broken(exchange, error)
+        payload = _StampedBody(body, exchange)
+        async with self._session.post(url, data=payload, headers=headers, allow_redirects=False) as response:
+            answer = list(response.headers.items())
+            if (refused := redirect(response.status, answer)) is not None:
+                return refused
+            reception.head(response.status, answer, time.monotonic())
+            read = response.content.readany
+            while data := await read():
+                if reception.feed(data, time.monotonic()):
+                    await _rest_of(response)
+                    return None
+            reception.end(True, time.monotonic())
         return None
+
+    def _public_session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, ssl=self._tls),
+            timeout=self._timeout,
+            trust_env=self._trust_env,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent",),
+            read_bufsize=1 << 18,
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+        )
 
     def _broken(self, exchange: Exchange, error: Exception) -> Failure | None:
         """A connection that failed: the reception's own matter once a response has begun."""
-        reception = exchange.reception
-        now = time.monotonic()
-        if reception.status is not None:
-            reception.end(False, now, _reason(error))
-            return None
-        return connection_failure(error, sent=exchange.sent is not None)
+        if exchange.reception.status is None:
+            return connection_failure(error, sent=exchange.sent is not None)
+        if not exchange.reception.final:
+            exchange.reception.end(False, time.monotonic(), reason(error))
+        return None
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for exchange in self._live:
-            if exchange.sent is None or exchange.expired is not None or exchange.task is None:
-                continue
-            reception = exchange.reception
-            broken_since = reception.headers_at if reception.status not in (None, 200) else None
-            exchange.expired = overdue(exchange.limits, now, exchange.sent, reception.last_output_at, broken_since)
-            if exchange.expired is not None:
-                exchange.task.cancel()
+        for exchange in tuple(self._live):
+            exchange.sweep(now)
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
 
 class _StampedBody(aiohttp.BytesPayload):
-    """A request body that notes when it is written: after waiting for a connection, before any byte leaves.
-    aiohttp hands head and body to the socket together."""
+    """A request body that notes when it is written: after waiting for a connection, before any byte leaves
+    (aiohttp hands head and body to the socket together)."""
 
     def __init__(self, body: bytes, exchange: Exchange) -> None:
         super().__init__(body, content_type="application/json")
@@ -161,27 +162,32 @@ class _StampedBody(aiohttp.BytesPayload):
         await super().write_with_length(writer, content_length)
 
 
+async def _rest_of(response: aiohttp.ClientResponse) -> None:
+    """Read over the end of a message whose answer is complete; drop the connection if it does not come."""
+    try:
+        async with asyncio.timeout(GRACE_S):
+            while await response.content.readany():
+                pass
+    except (TimeoutError, aiohttp.ClientError):
+        response.close()
+
+
 def connection_failure(error: Exception, *, sent: bool) -> Failure:
     """Our word for what aiohttp raised before a response began. `sent`: the request may have left."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Failure("tls", f"the server's certificate was refused: {_reason(error)}", retryable=False)
+        return Failure("tls", f"the server's certificate was refused: {reason(error)}", retryable=False)
     if isinstance(error, aiohttp.ClientSSLError):
-        return Failure("tls", f"TLS handshake failed: {_reason(error)}", retryable=True)
+        return Failure("tls", f"TLS handshake failed: {reason(error)}", retryable=True)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-        return Failure("connect", f"could not connect: {_reason(error)}", retryable=True)
+        return Failure("connect", f"could not connect: {reason(error)}", retryable=True)
     if isinstance(error, aiohttp.ClientResponseError | ValueError):
-        return Failure("decode", f"the answer was not HTTP: {_reason(error)}", retryable=True)
+        return Failure("decode", f"the answer was not HTTP: {reason(error)}", retryable=True)
     when = "before it answered" if sent else "before the request was sent"
-    return Failure("disconnected", f"the server closed the connection {when}: {_reason(error)}", retryable=True)
+    return Failure("disconnected", f"connection lost {when}: {reason(error)}", retryable=True)
 
 
-def _redirect(url: yarl.URL, status: int, location: str | None) -> Failure:
-    target = yarl.URL(location).host or url.host if location else "nowhere"
-    message = f"HTTP {status} redirects to {target}; redirects are refused, they would carry the key there: correct --base-url"
-    return Failure("redirect", message, retryable=False, status=status)
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An exception on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 

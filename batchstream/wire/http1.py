@@ -1,0 +1,236 @@
+"""HTTP/1.1 response framing, sans I/O: bytes as they arrive → head, body bytes, end of message.
+
+Rules: RFC 9112 (sections 2-7). Written for one POST a connection at a time, so there is no pipelining:
+bytes behind the end of a message are never the next answer, they make the connection unfit for reuse.
+Strict where leniency lets one response be taken for two (request smuggling's mirror image): a bad chunk
+size, a bare CR, conflicting lengths or an unknown transfer coding are errors, not guesses.
+Work is linear in the bytes: nothing but an unfinished line is ever copied or kept.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_HEAD = 65536
+MAX_LINE = 4096  # a chunk-size line with its extensions; trailers share MAX_HEAD
+
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n\0]*)?")
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
+
+_HEAD, _SIZE, _DATA, _TRAILER, _LENGTH, _CLOSE, _DONE = range(7)
+
+
+class ResponseFramer:
+    """Frames one response.
+
+    After each `feed`: `status` and `headers` are set once the head is complete (1xx heads are skipped);
+    `complete` once the message has ended; `error` says what was not HTTP. `reusable` tells whether the
+    connection may carry another request.
+    """
+
+    __slots__ = ("_persistent", "_rest", "_state", "_tail", "complete", "error", "headers", "status", "surplus")
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.headers: list[tuple[str, str]] = []
+        self.complete = False
+        self.error: str | None = None
+        self.surplus = False
+        self._state = _HEAD
+        self._tail = b""
+        self._rest = 0  # bytes still to come of the chunk (with its CRLF) or of the body
+        self._persistent = True
+
+    @property
+    def reusable(self) -> bool:
+        return self.complete and self._persistent and not self.surplus and self.error is None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes as they arrive; returns the body bytes among them (transfer coding removed)."""
+        if self.complete or self.error is not None:
+            self.surplus = self.surplus or bool(data)
+            return b""
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        start = 0
+        if self._state == _HEAD:
+            start = self._head(data)
+            if start < 0 or self._state == _DONE:
+                return b""
+        if self._state == _LENGTH:
+            return self._fixed(data, start)
+        if self._state == _CLOSE:
+            return data[start:]
+        return self._chunked(data, start)
+
+    def end(self) -> bool:
+        """The connection has closed. True if that is where the message ends properly."""
+        if self._state == _CLOSE and not self.complete:
+            self.complete = True
+            self._persistent = False
+        return self.complete
+
+    # ------------------------------------------------------------------ head
+
+    def _head(self, data: bytes) -> int:
+        """Where the body begins in `data`, or -1 when the head is not complete (or not a head)."""
+        start = 0
+        while True:
+            end = data.find(b"\r\n\r\n", start)
+            if end < 0:
+                if len(data) - start > MAX_HEAD:
+                    self._fail(f"response head longer than {MAX_HEAD} bytes")
+                elif not b"HTTP/1."[: len(data) - start].startswith(data[start : start + 7]):
+                    self._fail(f"expected an HTTP/1.x status line, got {data[start : start + 40]!r}")
+                else:
+                    self._tail = data[start:]
+                return -1
+            status = self._parse_head(data[start:end])
+            if status is None:
+                return -1
+            start = end + 4
+            if status >= 200:
+                self.status = status
+                self._choose_framing()
+                if self._state == _DONE and start < len(data):
+                    self.surplus = True
+                return start if self.error is None else -1
+            if status == 101:
+                self._fail("unexpected HTTP 101 Switching Protocols")
+                return -1
+
+    def _parse_head(self, head: bytes) -> int | None:
+        lines = head.split(b"\r\n")
+        match = _STATUS.fullmatch(lines[0])
+        if match is None:
+            return self._fail(f"expected an HTTP/1.x status line, got {lines[0][:40]!r}")
+        self._persistent = match[1] == b"1"
+        headers = []
+        for line in lines[1:]:
+            field = _FIELD.fullmatch(line)
+            if field is None:
+                return self._fail(f"malformed response header {line[:40]!r}")
+            headers.append((field[1].decode("ascii"), field[2].decode("utf-8", "surrogateescape")))
+        self.headers = headers
+        return int(match[2])
+
+    def _values(self, name: str) -> list[str]:
+        """All comma-separated members of a header, in lower case."""
+        joined = ",".join(value for key, value in self.headers if key.lower() == name)
+        return [part.strip().lower() for part in joined.split(",") if part.strip()]
+
+    def _choose_framing(self) -> None:
+        connection = self._values("connection")
+        if "close" in connection:
+            self._persistent = False
+        elif "keep-alive" in connection:
+            self._persistent = True
+        codings, lengths = self._values("transfer-encoding"), set(self._values("content-length"))
+        if self.status in (204, 304):
+            self._finish()
+        elif codings:
+            if codings != ["chunked"]:
+                self._fail(f"transfer coding {', '.join(codings)!r} is not supported")
+            if lengths:  # RFC 9112 6.3: the coding wins, and the connection is not to be trusted further
+                self._persistent = False
+            self._state = _SIZE
+        elif lengths:
+            length = lengths.pop()
+            if lengths or not (length.isascii() and length.isdigit() and len(length) < 19):
+                self._fail(f"malformed Content-Length {length[:40]!r}")
+                return
+            self._rest = int(length)
+            self._state = _LENGTH
+            if self._rest == 0:
+                self._finish()
+        else:
+            self._state = _CLOSE
+
+    # ------------------------------------------------------------------ body
+
+    def _fixed(self, data: bytes, start: int) -> bytes:
+        body = data[start : start + self._rest]
+        self._rest -= len(body)
+        if self._rest == 0:
+            self._finish()
+            self.surplus = start + len(body) < len(data)
+        return body
+
+    def _chunked(self, data: bytes, start: int) -> bytes:
+        """The hot path: one read usually holds one or more whole chunks."""
+        pieces: list[bytes] = []
+        position, length = start, len(data)
+        state, rest = self._state, self._rest
+        while position < length:
+            if state == _SIZE:
+                line_end = data.find(b"\r\n", position, position + MAX_LINE)
+                if line_end < 0:
+                    if length - position >= MAX_LINE:
+                        self._fail("chunk-size line too long")
+                    else:
+                        self._tail = data[position:]
+                    break
+                line = data[position:line_end]
+                match = _CHUNK.fullmatch(line)
+                if match is None:
+                    self._fail(f"expected a chunk size, got {line[:40]!r}")
+                    break
+                size = int(match[1], 16)
+                position = line_end + 2
+                if size == 0:
+                    state = _TRAILER
+                    continue
+                rest, state = size + 2, _DATA
+            elif state == _DATA:
+                end = position + rest
+                if end <= length:
+                    if data[end - 2 : end] == b"\r\n" if rest >= 2 else data[position:end] == b"\n":
+                        if rest > 2:
+                            pieces.append(data[position : end - 2])
+                        position, state = end, _SIZE
+                        continue
+                    self._fail("a chunk is not closed by CRLF where its size says")
+                    break
+                piece = data[position : length if rest - (length - position) >= 2 else end - 2]
+                if rest - (length - position) == 1 and data[-1:] != b"\r":
+                    self._fail("a chunk is not closed by CRLF where its size says")
+                    break
+                if piece:
+                    pieces.append(piece)
+                rest -= length - position
+                break
+            else:
+                position = self._trailer(data, position)
+                state = self._state if self._state == _DONE else _TRAILER
+                break
+        self._state, self._rest = state, rest
+        if len(pieces) == 1:
+            return pieces[0]
+        return b"".join(pieces)
+
+    def _trailer(self, data: bytes, position: int) -> int:
+        """Trailer fields are read over; the blank line ends the message."""
+        while True:
+            line_end = data.find(b"\r\n", position)
+            if line_end < 0:
+                if len(data) - position > MAX_HEAD:
+                    self._fail(f"trailers longer than {MAX_HEAD} bytes")
+                else:
+                    self._tail = data[position:]
+                return position
+            blank = line_end == position
+            position = line_end + 2
+            if blank:
+                self._finish()
+                self.surplus = position < len(data)
+                return position
+
+    def _finish(self) -> None:
+        self.complete = True
+        self._state = _DONE
+
+    def _fail(self, message: str) -> None:
+        self.error = message
+        self._persistent = False
