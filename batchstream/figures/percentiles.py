@@ -106,11 +106,11 @@ class Sample:
         values, n = self._values, self.n
         if n <= _PIECE:
             return values[rank - 1]
-        low, high = 0, max(values)
+        pieces = [(start, min(start + _PIECE, n)) for start in range(0, n, _PIECE)]
+        low, high = 0, max(values[end - 1] for _, end in pieces)
         while low < high:
             middle = (low + high) // 2
-            starts = range(0, n, _PIECE)
-            at_most = sum(bisect_right(values, middle, s, min(s + _PIECE, n)) - s for s in starts)
+            at_most = sum(bisect_right(values, middle, start, end) - start for start, end in pieces)
             if at_most >= rank:
                 high = middle
             else:
