@@ -1,0 +1,74 @@
+"""Where the key comes from: a variable, a file, or systemd's credentials directory. Never an option's value."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from batchstream.errors import StoppedError, UsageError
+
+
+class Key(msgspec.Struct, frozen=True):
+    """A key and where it was found. The key is in no repr."""
+
+    value: str
+    origin: str
+
+    def __repr__(self) -> str:
+        return f"Key(from {self.origin})"
+
+
+def find_key(env: str | None, file: str | None, default_env: str | None, environ: Mapping[str, str] = os.environ) -> Key | None:
+    """The key, or None when the endpoint takes none and none was named.
+
+    Order: `file`, the variable `env`, ``$CREDENTIALS_DIRECTORY/api_key`` (systemd's LoadCredential), the
+    provider's usual variable. Raises `UsageError` for a key that cannot be used, `StoppedError` (exit 4)
+    for one that is not there.
+    """
+    if file is not None:
+        return Key(_checked(_read(Path(file)), file), f"file {file}")
+    if env is not None:
+        return Key(_checked(_from_environment(env, environ), env), f"variable {env}")
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    if directory and (Path(directory) / "api_key").is_file():
+        path = Path(directory) / "api_key"
+        return Key(_checked(path.read_text(encoding="utf-8").strip(), "$CREDENTIALS_DIRECTORY/api_key"), "$CREDENTIALS_DIRECTORY/api_key")
+    if default_env is None:
+        return None
+    return Key(_checked(_from_environment(default_env, environ), default_env), f"variable {default_env}")
+
+
+def _from_environment(name: str, environ: Mapping[str, str]) -> str:
+    value = environ.get(name, "").strip()
+    if not value:
+        raise StoppedError(
+            f"no API key: expected it in the environment variable {name}, which is {'empty' if name in environ else 'not set'};"
+            f" set it, or name another with --api-key-env or --api-key-file"
+        )
+    return value
+
+
+def _read(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+        if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+            raise UsageError(f"{path}: others can read this key file (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}")
+        value = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the key file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: expected a key in plain text, got binary data") from None
+    if not value:
+        raise UsageError(f"{path}: expected a key, the file is empty")
+    return value
+
+
+def _checked(value: str, origin: str) -> str:
+    """A key goes into a header: one line of visible ASCII. Never shows the key."""
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise UsageError(f"the key from {origin} holds blanks, line breaks or other characters that no header can carry")
+    return value

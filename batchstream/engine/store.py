@@ -1,0 +1,194 @@
+"""The runner's sink that keeps: results go to the journal at once, count once they are durable.
+
+A result is written the moment it ends (a killed process loses nothing that was written) and synced in
+groups by a helper thread; the event loop never waits for the disk. Only the sync that covers a row makes
+it `done` for progress and callers. When the disk refuses, nothing more is admitted, what is in flight is
+kept in memory and the sync is tried again for a minute; then unsaved results are spilled and the run stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from batchstream.engine.progress import Progress
+from batchstream.engine.runner import Stop
+from batchstream.errors import StorageError
+from batchstream.files.journal import GroupSync, Segment
+from batchstream.records import InvalidRow, Request, Result
+
+PENDING_MAX = 64 << 20
+"""Bytes of results that may wait for a sync before admission pauses."""
+
+PATIENCE_S = 60.0
+"""How long a disk that refuses is tried again before the run stops."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Store:
+    """A sink (`engine.runner.Sink`) over one journal segment; `stop` is called when the disk has failed for good.
+
+    `secret` never reaches the journal, whatever an endpoint echoes. `on_durable(result)` is told of each result
+    once it is on stable storage.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        progress: Progress,
+        group: GroupSync,
+        *,
+        secret: str | None = None,
+        spill_dir: Path | None = None,
+        stop: Callable[[Stop], None],
+        on_durable: Callable[[Result], None] | None = None,
+    ) -> None:
+        self._segment = segment
+        self._progress = progress
+        self._group = group
+        self._secret = secret.encode() if secret else None
+        self._spill_dir = spill_dir
+        self._stop = stop
+        self._on_durable = on_durable
+        self._unsynced: dict[int, tuple[bool, str, Result | None]] = {}
+        self._oldest: float | None = None
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._refused: StorageError | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._sync_loop())
+
+    async def admit(self, request: Request) -> None:
+        if not self._room.is_set():
+            await self._room.wait()
+        self._segment.admit((request.row,))
+
+    def done(self, row: Request | InvalidRow, result: Result) -> None:
+        data = _encode(result)
+        if self._secret is not None and self._secret in data:
+            data = data.replace(self._secret, b"[key]")
+        ok = result.status == "ok"
+        kind = "" if result.error is None else result.error.kind
+        self._unsynced[row.row] = (ok, kind, result if self._on_durable is not None else None)
+        self._segment.append(row.row, row.digest, ok, data)
+        if self._oldest is None:
+            self._oldest = time.monotonic()
+        self._make_room()
+        self._wake.set()
+
+    def gave_up(self, request: Request, *, maybe_billed: bool) -> None:
+        # An admitted row without an outcome counts as "may be asked again" after a crash; one that was refused
+        # or never sent is given back, so that the number stays the truth.
+        if maybe_billed:
+            self._segment.cancel((request.row,))
+        else:
+            self._segment.release((request.row,))
+
+    async def close(self, *, clean: bool) -> None:
+        """Final sync; call it when the runner has ended. Raises StorageError when results could not be synced,
+        saying where they were spilled or that they are lost."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+        try:
+            if self._refused is None:
+                try:
+                    self._count(await self._in_thread(lambda: self._segment.close(clean=clean)))
+                except StorageError as error:
+                    self._refused = error
+            if self._refused is not None:
+                raise StorageError(await self._last_resort(self._refused))
+        finally:
+            self._thread.shutdown(wait=True)
+
+    async def _in_thread(self, call: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def _sync_loop(self) -> None:
+        refused_since: float | None = None
+        backoff = 0.25
+        while True:
+            wait = self._group.wait(self._segment.pending_bytes, self._oldest, time.monotonic())
+            if wait is None:
+                if self._closing:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            if wait > 0 and not self._closing:
+                await asyncio.sleep(wait)
+            self._oldest = None
+            try:
+                self._count(await self._in_thread(self._segment.sync))
+            except StorageError as error:
+                self._surrender(error)
+                return
+            trouble = self._segment.trouble
+            self._make_room()
+            if trouble is None:
+                refused_since, backoff = None, 0.25
+                continue
+            self._progress.message = f"disk: {trouble}; admitting nothing, trying again"
+            refused_since = refused_since or time.monotonic()
+            self._oldest = refused_since
+            if self._closing or time.monotonic() - refused_since > PATIENCE_S:
+                self._surrender(StorageError(trouble))
+                return
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, 5.0)
+
+    def _make_room(self) -> None:
+        full = self._segment.trouble is not None or self._segment.pending_bytes > PENDING_MAX
+        if full and not self._closing:
+            self._room.clear()
+        elif not full:
+            self._progress.message = ""
+            self._room.set()
+
+    def _count(self, rows: list[int]) -> None:
+        progress = self._progress
+        for row in rows:
+            known = self._unsynced.pop(row, None)
+            if known is None:
+                continue
+            ok, kind, result = known
+            progress.done += 1
+            if ok:
+                progress.ok += 1
+            else:
+                progress.failed += 1
+                progress.failures[kind] += 1
+            if result is not None and self._on_durable is not None:
+                self._on_durable(result)
+
+    def _surrender(self, error: StorageError) -> None:
+        """The journal's disk is lost: admit nothing more. What still arrives is kept in memory until `close`."""
+        self._refused = error
+        self._stop(Stop("storage", str(error)))
+        self._room.set()
+
+    async def _last_resort(self, error: StorageError) -> str:
+        """Keep what was paid for elsewhere if we may; says what became of it."""
+        count = len(self._unsynced)
+        if not count:
+            return str(error)
+        if self._spill_dir is None:
+            return f"{error}; {count} results could not be saved (--spill-dir names a place for such a case)"
+        directory = self._spill_dir
+        try:
+            path = await asyncio.get_running_loop().run_in_executor(self._thread, self._segment.spill, directory)
+        except StorageError as spill_error:
+            return f"{error}; spilling {count} results failed as well: {spill_error}"
+        return f"{error}; {count} unsaved results are in {path}, the next start with the same --spill-dir takes them in"

@@ -1,0 +1,157 @@
+"""`run_shard`: the one unit of work. Rows through an endpoint into one segment of the journal.
+
+The same for one process, for N of them, for a hand-made shard and for a cluster: whoever launches it
+brings the rows (blocks that nobody else serves), the journal to write to, and a `Control` to stop it with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from batchstream.engine.client import Client, Target
+from batchstream.engine.progress import Progress
+from batchstream.engine.runner import Budget, Runner, Sink, Stop
+from batchstream.engine.store import Store
+from batchstream.files.journal import GroupSync, JournalDir
+from batchstream.job import Job
+from batchstream.net.deadlines import Limits
+from batchstream.net.transport import Transport
+from batchstream.policy.breaker import Breaker
+from batchstream.policy.limits import Lane
+from batchstream.policy.retry import RetryPolicy
+from batchstream.records import Failure, InvalidRow, Request, Result
+
+Rows = AsyncIterator[list[Request | InvalidRow]]
+
+
+class Hooks(msgspec.Struct, frozen=True):
+    """What a caller may listen to. `on_durable`: each result once it is on stable storage;
+    `on_failure`: each failed attempt, as it happens."""
+
+    on_durable: Callable[[Result], None] | None = None
+    on_failure: Callable[[Request, Failure], None] | None = None
+
+
+class Control:
+    """How a run in progress is stopped from outside: first `stop`, then, if need be, `abort`.
+    A stop that comes before the runner exists is kept for it."""
+
+    def __init__(self) -> None:
+        self._runner: Runner | None = None
+        self._early: Stop | None = None
+
+    def bind(self, runner: Runner) -> None:
+        self._runner = runner
+        if self._early is not None:
+            runner.stop(self._early)
+
+    @property
+    def stopping(self) -> bool:
+        return self._early is not None
+
+    def stop(self, reason: Stop) -> None:
+        self._early = self._early or reason
+        if self._runner is not None:
+            self._runner.stop(reason)
+
+    def abort(self) -> None:
+        if self._runner is not None:
+            self._runner.abort()
+
+
+async def run_shard(
+    job: Job,
+    target: Target,
+    journal: JournalDir,
+    rows: Iterator[list[Request | InvalidRow]],
+    progress: Progress,
+    control: Control,
+    hooks: Hooks,
+    *,
+    rpm: float | None,
+    worker: int = 0,
+) -> Stop | None:
+    """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
+
+    Returns why it stopped early, or None. Raises StorageError when results could not be stored.
+    """
+    segment = await asyncio.to_thread(journal.segment, worker)
+    store = Store(
+        segment,
+        progress,
+        GroupSync(job.durability),
+        secret=target.key,
+        spill_dir=Path(job.spill_dir) if job.spill_dir else None,
+        stop=control.stop,
+        on_durable=hooks.on_durable,
+    )
+
+    def note_blocks() -> None:
+        for index, (count, digest) in journal.blocks_read.items():
+            segment.block(index, count, digest)
+        journal.blocks_read.clear()
+
+    store.start()
+    stop: Stop | None = None
+    clean = False
+    try:
+        async with transport_for(job) as transport:
+            client = Client(transport, target, limits_of(job))
+            runner = runner_for(job, client, store, progress, rpm, hooks.on_failure)
+            control.bind(runner)
+            stop = await runner.run(ahead(rows, note_blocks), drain_timeout=job.drain_timeout)
+        clean = stop is None
+    finally:
+        await store.close(clean=clean)
+    return stop
+
+
+def transport_for(job: Job) -> Transport:
+    return Transport(connect_timeout=job.connect_timeout, ca_file=job.ca_file, trust_env=job.trust_env)
+
+
+def limits_of(job: Job) -> Limits:
+    return Limits(job.connect_timeout, job.first_token_timeout, job.idle_timeout, job.total_timeout)
+
+
+def runner_for(
+    job: Job,
+    client: Client,
+    sink: Sink,
+    progress: Progress,
+    rpm: float | None,
+    on_failure: Callable[[Request, Failure], None] | None,
+) -> Runner:
+    """A runner with the job's policy."""
+    return Runner(
+        client,
+        sink,
+        progress,
+        concurrency=job.concurrency,
+        policy=RetryPolicy(job.max_attempts, job.max_wait),
+        lane=Lane(rpm),
+        breaker=Breaker(enabled=job.breaker == "on"),
+        budget=Budget(job.max_time, job.max_requests, job.max_tokens_total),
+        on_failure=on_failure,
+    )
+
+
+async def ahead(
+    rows: Iterator[list[Request | InvalidRow]], after_each: Callable[[], None] = lambda: None
+) -> AsyncIterator[list[Request | InvalidRow]]:
+    """Pull a blocking iterator from a helper thread, one batch ahead of its use, so that reading, decompressing
+    and decoding a prompt file never stands in the way of a token."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1, thread_name_prefix="source") as thread:
+        coming = loop.run_in_executor(thread, next, rows, None)
+        while (batch := await coming) is not None:
+            after_each()
+            coming = loop.run_in_executor(thread, next, rows, None)
+            yield batch
+        after_each()
