@@ -75,7 +75,7 @@ class Rows(msgspec.Struct, frozen=True):
 
 
 class Attempts(msgspec.Struct, frozen=True):
-    """`total`: requests made; `retries`: those after a row's first, in `retries_by_kind` by what made them necessary."""
+    """`total`: requests made; `retries`: those after a row's first; `retries_by_kind`: what made them necessary."""
 
     total: int
     retries: int
@@ -297,8 +297,8 @@ def summary(tally: Tally, run: Run, evidence: Evidence | None = None) -> Summary
         ),
         finish_reasons=_largest_first(finished),
         models=_largest_first(tally.models),
-        tokens=tally.tokens,
-        failed_attempt_tokens=tally.failed_attempt_tokens,
+        tokens=msgspec.structs.replace(tally.tokens),
+        failed_attempt_tokens=msgspec.structs.replace(tally.failed_attempt_tokens),
         throughput=_throughput(tally, run.elapsed_s),
         metrics={name: _distribution(name, sample) for name, sample in tally.durations.items()},
         evidence=evidence,
