@@ -283,8 +283,13 @@ def summary(tally: Tally, run: Run, evidence: Evidence | None = None) -> Summary
     """The figures of everything counted so far."""
     judged, reasons = verdict(evidence) if evidence is not None else (None, [])
     finished = tally.finish_reasons
+    # The name of a file may hold bytes that are no text (as lone surrogates); JSON cannot.
+    facts = msgspec.structs.asdict(run)
+    readable = {
+        name: value.encode(errors="replace").decode() for name, value in facts.items() if isinstance(value, str)
+    }
     return Summary(
-        run=run,
+        run=msgspec.structs.replace(run, **readable),
         rows=Rows(total=tally.rows, ok=tally.ok, failed=tally.rows - tally.ok, invalid=tally.invalid),
         failures=_largest_first(tally.failures),
         attempts=Attempts(tally.attempts, tally.retries, _largest_first(tally.retries_by_kind)),
