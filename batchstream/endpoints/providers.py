@@ -53,7 +53,9 @@ _ALL = (
         " request_multiplier (GET /models/verbose). shuttleai/auto needs the plan basic."
         " A 429 states no wait: the next wall-clock minute opens the window again.",
     ),
-    Provider("openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "gpt-4o-mini", notes="Limits depend on the tier."),
+    Provider(
+        "openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "gpt-4o-mini", notes="Limits depend on the tier."
+    ),
     Provider(
         "openrouter",
         "https://openrouter.ai/api/v1",
@@ -65,14 +67,14 @@ _ALL = (
         "groq",
         "https://api.groq.com/openai/v1",
         "GROQ_API_KEY",
-        "llama-3.1-8b-instant",
+        "openai/gpt-oss-20b",
         notes="Limits depend on plan and model; they are stated in x-ratelimit-* headers.",
     ),
     Provider(
         "deepseek",
         "https://api.deepseek.com/v1",
         "DEEPSEEK_API_KEY",
-        "deepseek-chat",
+        "deepseek-v4-flash",
         notes="No stated rate limit; keep-alive comments for as long as a request queues.",
     ),
     Provider(
@@ -82,7 +84,9 @@ _ALL = (
         "smollm2-135m-instruct",
         notes="A real small model served by llama.cpp on this machine (extra `local`); --model-file for other weights.",
     ),
-    Provider("sim", None, None, "sim", notes="The simulated endpoint, started inside the run (`batchstream simulate`)."),
+    Provider(
+        "sim", None, None, "sim", notes="The simulated endpoint, started inside the run (`batchstream simulate`)."
+    ),
 )
 
 PROVIDERS: Mapping[str, Provider] = MappingProxyType({provider.name: provider for provider in _ALL})
@@ -96,6 +100,6 @@ def find(name: str) -> Provider:
         close = difflib.get_close_matches(name.lower(), PROVIDERS, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UsageError(
-            f"provider: expected one of {', '.join(PROVIDERS)}, got {name!r}{hint}; for another endpoint give --base-url"
+            f"provider: expected one of {', '.join(PROVIDERS)}, got {name!r}{hint}; for others give --base-url"
         )
     return provider

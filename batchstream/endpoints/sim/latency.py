@@ -1,9 +1,9 @@
 """How long things take: distributions written as short texts, drawn from a seeded generator.
 
-    0.2                 always 0.2 s
-    0.1..0.3            uniform between the two
-    exp(0.2)            exponential with that mean
-    lognormal(0.2,0.5)  median 0.2 s, sigma 0.5 of the logarithm: a few slow ones, as in the field
+0.2                 always 0.2 s
+0.1..0.3            uniform between the two
+exp(0.2)            exponential with that mean
+lognormal(0.2,0.5)  median 0.2 s, sigma 0.5 of the logarithm: a few slow ones, as in the field
 """
 
 from __future__ import annotations
