@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any, cast
 
 from batchstream.endpoints.sim.answers import answer, chance_of, digest_of
@@ -39,15 +40,7 @@ from batchstream.records import Api
 
 __all__ = ["SimulateConfig", "Simulator", "make_config", "running", "serve"]
 
-_REASONS = {
-    200: "OK",
-    302: "Found",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-}
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
 _LINGER_RST = struct.pack("ii", 1, 0)
 
 

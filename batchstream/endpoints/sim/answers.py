@@ -168,23 +168,21 @@ def _call(call: int, tool: Tool, own: bytes) -> list[Piece]:
     ]
 
 
-def _value(schema: dict[str, Any], salt: int, depth: int) -> Any:
-    """A value that fits a JSON schema, the same for the same salt."""
-    if schema.get("enum"):
+def _value(schema: Any, salt: int, depth: int) -> Any:
+    """A value that fits a JSON schema (its common part), the same for the same salt."""
+    if not isinstance(schema, dict):
+        schema = {}
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
         return schema["enum"][salt % len(schema["enum"])]
     kind = schema.get("type", "object" if depth == 0 else "string")
     if kind == "object":
-        properties = schema.get("properties") or {}
-        return {
-            name: _value(part if isinstance(part, dict) else {}, salt + at, depth + 1)
-            for at, (name, part) in enumerate(properties.items())
-        }
+        properties = schema.get("properties")
+        named = enumerate(properties.items()) if isinstance(properties, dict) else ()
+        return {name: _value(part, salt + at, depth + 1) for at, (name, part) in named}
     if kind == "array":
-        return [_value(schema.get("items") or {}, salt, depth + 1)]
-    if kind == "integer":
-        return salt
-    if kind == "number":
-        return salt + 0.5
+        return [_value(schema.get("items"), salt, depth + 1)]
+    if kind in ("integer", "number"):
+        return salt if kind == "integer" else salt + 0.5
     if kind == "boolean":
         return salt % 2 == 0
     return None if kind == "null" else VOCABULARY[salt & 63].strip() + " é"

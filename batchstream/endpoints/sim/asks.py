@@ -109,7 +109,10 @@ def understand(api: Api, body: Any, config: SimulateConfig) -> Ask:
             "context_length_exceeded",
         )
     options = body.get("stream_options")
-    stop = body.get("stop") or body.get("stop_sequences") or ()
+    stop = body.get("stop") or body.get("stop_sequences") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise _invalid(f"'stop' must be a text or a list of texts, got {stop!r}")
     return Ask(
         api=api,
         model=model,
@@ -121,7 +124,7 @@ def understand(api: Api, body: Any, config: SimulateConfig) -> Ask:
         reasoning=_reasoning(api, body),
         tools=_tools(body) if api != "completions" else (),
         logprobs=body.get("logprobs") not in (None, False),
-        stop=(stop,) if isinstance(stop, str) else tuple(text for text in stop if isinstance(text, str) and text),
+        stop=tuple(stop),
         ignore_eos=body.get("ignore_eos") is True,
     )
 
@@ -160,7 +163,7 @@ def _reasoning(api: Api, body: dict[str, Any]) -> int:
         effort = body["reasoning"].get("effort", effort)
     if effort is None or api == "completions":
         return 0
-    if effort not in _EFFORTS:
+    if not isinstance(effort, str) or effort not in _EFFORTS:
         raise _invalid(f"'reasoning_effort' must be one of {', '.join(_EFFORTS)}, got {effort!r}")
     return _EFFORTS[effort]
 
@@ -169,18 +172,21 @@ def _tools(body: dict[str, Any]) -> tuple[Tool, ...]:
     """The functions to call: the named one, the first when a call is required, all of them when calls
     are required and `parallel_tool_calls` is true; none when the choice is left to the model."""
     choice = body.get("tool_choice")
+    entries = body.get("tools") or []
     found: list[Tool] = []
-    for entry in body.get("tools") or ():
-        function = entry.get("function", entry) if isinstance(entry, dict) else {}
+    for entry in entries if isinstance(entries, list) else [None]:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _invalid("'tools' must be functions with a name")
-        schema = function.get("parameters") or function.get("input_schema") or {}
+            raise _invalid("'tools' must be a list of functions with a name")
+        schema = function.get("parameters") or function.get("input_schema")
         found.append(Tool(function["name"], schema if isinstance(schema, dict) else {}))
     if isinstance(choice, dict) and choice.get("type") != "any":
-        named = choice.get("function", choice).get("name")
-        if named not in [tool.name for tool in found]:
+        function = choice.get("function", choice)
+        named = function.get("name") if isinstance(function, dict) else None
+        chosen = tuple(tool for tool in found if tool.name == named)
+        if not chosen:
             raise _invalid(f"'tool_choice' names {named!r}, which is not among the tools")
-        return tuple(tool for tool in found if tool.name == named)[:1]
+        return chosen[:1]
     if choice == "required" or isinstance(choice, dict):
         return tuple(found) if body.get("parallel_tool_calls") is True else tuple(found[:1])
     return ()

@@ -11,10 +11,11 @@ class Entry(msgspec.Struct):
     """One request. Instants are monotonic seconds of the server's process (on Linux comparable with
     other processes of the same machine), stamped just before the write that carries the bytes.
 
-    `ordinal` and `attempt` count from 1; `attempt` counts requests with the same `digest`
-    (path and body without `stream` and `stream_options`). `events` are events with generated output. `completion_tokens` is what was
-    generated until the end (or until the client left), `billed_tokens` that plus the prompt; a request
-    that was refused bills nothing. `status` 0: the connection was reset before an answer.
+    `ordinal` and `attempt` count from 1; `attempt` counts requests with the same `digest` (path and
+    body without `stream` and `stream_options`). `events` are steps of generated output.
+    `completion_tokens` is what was generated until the end (or until the client left), `billed_tokens`
+    that plus the prompt; a request that was refused bills nothing. `status` 0: the connection was
+    reset before an answer. `finished`: the whole answer went out.
     """
 
     ordinal: int

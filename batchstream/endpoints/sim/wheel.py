@@ -81,14 +81,14 @@ class Wheel:
         """One turn for everything that is due."""
         self._pass_asked = False
         now = time.monotonic()
-        ready, self._ready = self._ready, deque()
-        for stream in ready:
-            self._turn(stream, now)
         heap = self._heap
-        while heap and heap[0][0] <= now:
-            stream = heapq.heappop(heap)[2]
-            self._turn(stream, now)
-        self._arm()
+        try:
+            for _ in range(len(self._ready)):
+                self._turn(self._ready.popleft(), now)
+            while heap and heap[0][0] <= now:
+                self._turn(heapq.heappop(heap)[2], now)
+        finally:  # an error in one stream must not stop the others' clock
+            self._arm()
 
     def _fire(self) -> None:
         self._timer, self._timer_due = None, math.inf
@@ -103,5 +103,8 @@ class Wheel:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_due = self._heap[0][0]
-            # Not call_at: uvloop's loop.time() is a cached millisecond, not the monotonic clock.
-            self._timer = self._loop.call_later(max(0.0, self._timer_due - time.monotonic()), self._fire)
+            # Not call_at: uvloop's loop.time() is a cached millisecond, not the monotonic clock. Its timers
+            # round to whole milliseconds; rounding up here makes one wake-up serve all that is due by
+            # then, where rounding down would spin through the rest of the millisecond.
+            wait = math.ceil((self._timer_due - time.monotonic()) * 1000) / 1000
+            self._timer = self._loop.call_later(max(0.0, wait), self._fire)
