@@ -43,7 +43,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: Annotated[int, _opt("input", "Seed of --sample.", metavar="S")] = 0
     invalid: Annotated[Literal["fail", "record", "skip"], _opt("input", "A malformed row: stop before sending anything, record it as failed, or skip it.")] = "record"
     # --- endpoint
-    provider: Annotated[str, _opt("endpoint", "Whose endpoint: shuttleai, openai, openrouter, groq, deepseek, local or sim.", metavar="NAME")] = "shuttleai"
+    provider: Annotated[str | None, _opt("endpoint", "Whose endpoint: shuttleai (the default), openai, openrouter, groq, deepseek, local or sim.", metavar="NAME")] = None
     base_url: Annotated[str | None, _opt("endpoint", "Base URL of the endpoint, with its /v1.", metavar="URL")] = None
     model: Annotated[str | None, _opt("endpoint", "The model; a row's own 'model' wins.", metavar="NAME")] = None
     api: Annotated[Api | None, _opt("endpoint", "Which API to speak (default: chat, or what a batch line's url says).")] = None

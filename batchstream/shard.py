@@ -7,7 +7,6 @@ brings the rows (blocks that nobody else serves), the journal to write to, and a
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +69,7 @@ async def run_shard(
     target: Target,
     journal: JournalDir,
     rows: Iterator[list[Request | InvalidRow]],
+    take_blocks: Callable[[], list[tuple[int, int, bytes]]],
     progress: Progress,
     control: Control,
     hooks: Hooks,
@@ -79,6 +79,7 @@ async def run_shard(
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
+    `take_blocks` gives the hashes of input blocks read since the last call: (index, rows, hash).
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)
@@ -93,9 +94,8 @@ async def run_shard(
     )
 
     def note_blocks() -> None:
-        for index, (count, digest) in journal.blocks_read.items():
+        for index, count, digest in take_blocks():
             segment.block(index, count, digest)
-        journal.blocks_read.clear()
 
     store.start()
     stop: Stop | None = None

@@ -16,13 +16,24 @@ FLOORS = {
     "wire": 1, "policy": 1, "figures": 1,
     "files": 2, "net": 2, "endpoints": 2,
     "engine": 3,
-    "shard": 4,
+    "connect": 4, "shard": 4,
     "launch": 5, "report": 5, "run": 5, "api": 5,
     "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 
 PURE = ("wire", "policy", "figures")
-IMPURE_MODULES = {"asyncio", "aiohttp", "time", "random", "os", "socket", "threading", "uvloop", "secrets", "subprocess"}
+IMPURE_MODULES = {
+    "asyncio",
+    "aiohttp",
+    "time",
+    "random",
+    "os",
+    "socket",
+    "threading",
+    "uvloop",
+    "secrets",
+    "subprocess",
+}
 
 HEAVY = {"aiohttp", "pyarrow", "rich", "uvloop", "tenacity", "yarl"}
 LIGHT = ("errors", "records", "job", "cli", "__main__", "__init__")
@@ -55,7 +66,9 @@ def test_imports_only_go_down(path: Path) -> None:
         parts = name.split(".")
         if parts[0] != "batchstream" or len(parts) < 2 or parts[1] not in FLOORS or parts[1] == room(path):
             continue
-        assert FLOORS[parts[1]] <= here, f"{path.relative_to(ROOT)} (floor {here}) imports {name} (floor {FLOORS[parts[1]]})"
+        assert FLOORS[parts[1]] <= here, (
+            f"{path.relative_to(ROOT)} (floor {here}) imports {name} (floor {FLOORS[parts[1]]})"
+        )
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if room(p) in PURE], ids=lambda p: str(p.relative_to(ROOT)))
@@ -72,5 +85,9 @@ def test_what_the_help_needs_imports_nothing_heavy_at_the_top(path: Path) -> Non
 
 
 def test_every_module_opens_with_its_strategy() -> None:
-    silent = [str(p.relative_to(ROOT)) for p in modules() if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))]
+    silent = [
+        str(p.relative_to(ROOT))
+        for p in modules()
+        if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
+    ]
     assert not silent

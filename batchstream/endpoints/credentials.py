@@ -22,7 +22,9 @@ class Key(msgspec.Struct, frozen=True):
         return f"Key(from {self.origin})"
 
 
-def find_key(env: str | None, file: str | None, default_env: str | None, environ: Mapping[str, str] = os.environ) -> Key | None:
+def find_key(
+    env: str | None, file: str | None, default_env: str | None, environ: Mapping[str, str] = os.environ
+) -> Key | None:
     """The key, or None when the endpoint takes none and none was named.
 
     Order: `file`, the variable `env`, ``$CREDENTIALS_DIRECTORY/api_key`` (systemd's LoadCredential), the
@@ -36,7 +38,10 @@ def find_key(env: str | None, file: str | None, default_env: str | None, environ
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if directory and (Path(directory) / "api_key").is_file():
         path = Path(directory) / "api_key"
-        return Key(_checked(path.read_text(encoding="utf-8").strip(), "$CREDENTIALS_DIRECTORY/api_key"), "$CREDENTIALS_DIRECTORY/api_key")
+        return Key(
+            _checked(path.read_text(encoding="utf-8").strip(), "$CREDENTIALS_DIRECTORY/api_key"),
+            "$CREDENTIALS_DIRECTORY/api_key",
+        )
     if default_env is None:
         return None
     return Key(_checked(_from_environment(default_env, environ), default_env), f"variable {default_env}")
@@ -56,7 +61,9 @@ def _read(path: Path) -> str:
     try:
         mode = path.stat().st_mode
         if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
-            raise UsageError(f"{path}: others can read this key file (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}")
+            raise UsageError(
+                f"{path}: others can read this key file (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
+            )
         value = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UsageError(f"{path}: cannot read the key file: {error.strerror}") from None
@@ -70,5 +77,7 @@ def _read(path: Path) -> str:
 def _checked(value: str, origin: str) -> str:
     """A key goes into a header: one line of visible ASCII. Never shows the key."""
     if not value.isascii() or not value.isprintable() or " " in value:
-        raise UsageError(f"the key from {origin} holds blanks, line breaks or other characters that no header can carry")
+        raise UsageError(
+            f"the key from {origin} holds blanks, line breaks or other characters that no header can carry"
+        )
     return value

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import msgspec
 import yarl
+from batchstream.wire.reception import Reception
 
 from batchstream.net.deadlines import Limits
 from batchstream.net.transport import Transport
 from batchstream.records import Api, Attempt, Delta, Failure, Request, Timing
-from batchstream.wire.reception import Reception
 
 PATHS: dict[Api, str] = {
     "chat": "chat/completions",

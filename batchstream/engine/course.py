@@ -15,7 +15,17 @@ from batchstream.records import Attempt, Failure, Request, Retry
 class Course:
     """The attempts at one row so far. `send` makes one attempt, `park` waits without a slot."""
 
-    __slots__ = ("_failures", "_limit_waits", "_park", "_policy", "_send", "holds_slot", "on_wire", "request", "retries")
+    __slots__ = (
+        "_failures",
+        "_limit_waits",
+        "_park",
+        "_policy",
+        "_send",
+        "holds_slot",
+        "on_wire",
+        "request",
+        "retries",
+    )
 
     def __init__(
         self,
@@ -57,7 +67,9 @@ class Course:
         return await retrying(next_attempt)
 
     def _again(self, attempt: Attempt) -> bool:
-        return _failed_for_now(attempt) and self._policy.may_retry([*self._failures, _failure(attempt)], self._limit_waits)
+        if not _failed_for_now(attempt):
+            return False
+        return self._policy.may_retry([*self._failures, _failure(attempt)], self._limit_waits)
 
     def _give_up(self, state: RetryCallState) -> bool:
         failure = _failure(_last(state))

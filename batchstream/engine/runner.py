@@ -189,14 +189,14 @@ class Runner:
             self._stopped.set()
             self.abort()
 
-    async def _drain(self, timeout: float) -> None:
-        """Wait for the rows under way: as long as it takes, or for `timeout` seconds once stopped."""
+    async def _drain(self, patience: float) -> None:
+        """Wait for the rows under way: as long as it takes, or for `patience` seconds once stopped."""
         while self._tasks and not self._stopped.is_set():
             stopped = asyncio.ensure_future(self._stopped.wait())
             await asyncio.wait((*self._tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
         if self._tasks:
-            await asyncio.wait(tuple(self._tasks), timeout=timeout)
+            await asyncio.wait(tuple(self._tasks), timeout=patience)
         await self._cut()
 
     async def _cut(self) -> None:
@@ -220,8 +220,8 @@ class Runner:
                 self.stop(Stop("account", reason))
         elif self._policy.too_long(failure):
             self._sink.gave_up(course.request, maybe_billed=False)
-            message = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait {self._policy.max_wait:.0f}"
-            self.stop(Stop("budget", f"{message}: {failure.message}"))
+            asked = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait"
+            self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}: {failure.message}"))
         else:
             self._finish(course, attempt)
             if (reason := self._breaker.row_failed(failure)) is not None:
@@ -236,7 +236,7 @@ class Runner:
 
     def _finish(self, course: Course, attempt: Attempt) -> None:
         sent = attempt.timing.sent
-        started_at = None if sent is None else _iso(self._epoch + sent)
+        started_at = None if sent is None else iso(self._epoch + sent)
         self._sink.done(course.request, result_of(course.request, attempt, course.retries, started_at))
 
     async def _send(self, course: Course) -> Attempt:
@@ -262,7 +262,8 @@ class Runner:
             self._tokens += completion.usage.total_tokens or 0
             progress.tokens += completion.usage.completion_tokens or 0
             if self._budget.tokens is not None and self._tokens >= self._budget.tokens:
-                self.stop(Stop("budget", f"--max-tokens-total {self._budget.tokens} are used up ({self._tokens} so far)"))
+                used = f"({self._tokens} so far)"
+                self.stop(Stop("budget", f"--max-tokens-total {self._budget.tokens} are used up {used}"))
         if failure is None:
             timing = attempt.timing
             if timing.sent is not None and timing.first_output is not None:
@@ -297,9 +298,10 @@ class Runner:
         if not self._turn.locked() and lane.reserve(time.monotonic()) == 0.0:
             return
         async with self._turn:
-            while (wait := lane.reserve(time.monotonic())) > 0.0:
+            while (wait := lane.reserve(time.monotonic())) > 0.0:  # noqa: ASYNC110  (time itself opens the lane)
                 await asyncio.sleep(wait)
 
 
-def _iso(epoch: float) -> str:
+def iso(epoch: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC, to the microsecond."""
     return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

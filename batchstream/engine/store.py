@@ -70,9 +70,14 @@ class Store:
         self._task = asyncio.create_task(self._sync_loop())
 
     async def admit(self, request: Request) -> None:
-        if not self._room.is_set():
-            await self._room.wait()
-        self._segment.admit((request.row,))
+        while True:
+            if not self._room.is_set():
+                await self._room.wait()
+            if self._refused is not None or self._segment.admit((request.row,)):
+                return
+            self._make_room()
+            self._oldest = self._oldest or time.monotonic()
+            self._wake.set()
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
@@ -88,12 +93,7 @@ class Store:
         self._wake.set()
 
     def gave_up(self, request: Request, *, maybe_billed: bool) -> None:
-        # An admitted row without an outcome counts as "may be asked again" after a crash; one that was refused
-        # or never sent is given back, so that the number stays the truth.
-        if maybe_billed:
-            self._segment.cancel((request.row,))
-        else:
-            self._segment.release((request.row,))
+        self._segment.gave_up((request.row,), maybe_billed=maybe_billed)
 
     async def close(self, *, clean: bool) -> None:
         """Final sync; call it when the runner has ended. Raises StorageError when results could not be synced,

@@ -19,8 +19,6 @@ import yarl
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 
-__all__ = ["Connection", "ResponseHandler", "connect", "connector_for", "in_tunnel_setup", "missing", "route", "supported"]
-
 
 def missing() -> list[str]:
     """What the installed aiohttp no longer has of what we rely on; empty is good."""
@@ -29,9 +27,8 @@ def missing() -> list[str]:
         gone.append("TCPConnector._factory")
     if list(inspect.signature(aiohttp.TCPConnector.connect).parameters) != ["self", "req", "traces", "timeout"]:
         gone.append("TCPConnector.connect(req, traces, timeout)")
-    for name in ("data_received", "connection_lost", "eof_received", "is_connected", "close", "should_close"):
-        if not hasattr(ResponseHandler, name):
-            gone.append(f"ResponseHandler.{name}")
+    handler = ("data_received", "connection_lost", "eof_received", "is_connected", "close", "should_close")
+    gone += [f"ResponseHandler.{name}" for name in handler if not hasattr(ResponseHandler, name)]
     if "self._parser" not in inspect.getsource(ResponseHandler.data_received):
         gone.append("ResponseHandler._parser")
     if not {"loop", "ssl"} <= set(inspect.signature(aiohttp.ClientRequest.__init__).parameters):
@@ -59,9 +56,11 @@ def route(url: yarl.URL, tls: Any) -> aiohttp.ClientRequest:
     return aiohttp.ClientRequest("POST", url, loop=asyncio.get_running_loop(), ssl=tls)
 
 
-async def connect(connector: aiohttp.TCPConnector, where: aiohttp.ClientRequest, timeout: aiohttp.ClientTimeout) -> Connection:
+async def connect(
+    connector: aiohttp.TCPConnector, where: aiohttp.ClientRequest, limits: aiohttp.ClientTimeout
+) -> Connection:
     """A connection from the pool, or a new one. Raises aiohttp's connection errors."""
-    return await connector.connect(where, [], timeout)
+    return await connector.connect(where, [], limits)
 
 
 def in_tunnel_setup(protocol: ResponseHandler) -> bool:

@@ -22,7 +22,9 @@ class Limits(msgspec.Struct, frozen=True):
     total: float | None = None
 
 
-def overdue(limits: Limits, now: float, sent: float, last_output: float | None, error_since: float | None) -> str | None:
+def overdue(
+    limits: Limits, now: float, sent: float, last_output: float | None, error_since: float | None
+) -> str | None:
     """Which limit a running exchange has passed at `now`, as a sentence, or None.
 
     `error_since` is when the head of a non-200 response came: what follows is an error body, which

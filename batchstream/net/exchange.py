@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yarl
+from batchstream.wire.reception import Reception
 
 from batchstream.net.deadlines import Limits, overdue
 from batchstream.records import Failure
-from batchstream.wire.reception import Reception
 
 GRACE_S = 0.1
 """How long the end of a message is awaited once the answer in it is complete."""
@@ -63,5 +63,5 @@ def redirect(status: int, headers: Sequence[tuple[str, str]]) -> Failure | None:
         target = yarl.URL(location).host or "another path"
     except ValueError:
         target = "a malformed address"
-    message = f"HTTP {status} redirects to {target}; redirects are refused, they would carry the key there: correct --base-url"
-    return Failure("redirect", message, retryable=False, status=status)
+    why = "redirects are refused, they would carry the key there: correct --base-url"
+    return Failure("redirect", f"HTTP {status} redirects to {target}; {why}", retryable=False, status=status)

@@ -108,7 +108,9 @@ class FastPath:
     async def close(self) -> None:
         await self._connector.close()
 
-    async def stream(self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes) -> Failure | None:
+    async def stream(
+        self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes
+    ) -> Failure | None:
         """Send the request and see the response through. Raises aiohttp's errors and cancellation."""
         where = self._routes.get(url)
         if where is None:
@@ -117,12 +119,13 @@ class FastPath:
         protocol = connection.protocol
         clean = False
         try:
-            if not isinstance(protocol, StreamProtocol) or protocol.transport is None or protocol.transport.is_closing():
+            if not isinstance(protocol, StreamProtocol) or not protocol.is_connected():
                 raise aiohttp.ServerDisconnectedError("the connection closed before the request was written")
             settled = asyncio.get_running_loop().create_future()
             exchange.settled = settled
             protocol.begin(exchange, settled)
             exchange.sent = _now()
+            assert protocol.transport is not None  # noqa: S101  (is_connected said so)
             protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head(url, headers), len(body), body))
             await settled
             clean = protocol.reusable
@@ -145,7 +148,8 @@ class FastPath:
         if cached is not None and cached[0] is headers:
             return cached[1]
         lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {_authority(url)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items() if name.lower() not in ("host", "content-length")]
+        ours = ("host", "content-length", "connection", "transfer-encoding")
+        lines += [f"{name}: {value}" for name, value in headers.items() if name.lower() not in ours]
         lines += ["Connection: keep-alive", "Content-Length: "]
         head = "\r\n".join(lines).encode("utf-8")
         self._heads[url] = (headers, head)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import aiohttp
 import yarl
+from batchstream.wire.reception import Reception
 
 from batchstream.errors import InputError
 from batchstream.net import aiohttp_private
@@ -30,7 +31,6 @@ from batchstream.net.exchange import GRACE_S, Exchange, redirect
 from batchstream.net.fast import FastPath
 from batchstream.records import Failure
 from batchstream.wire.http1 import MAX_HEAD
-from batchstream.wire.reception import Reception
 
 
 class Transport:
@@ -103,7 +103,9 @@ class Transport:
             return exchange.sent, Failure("timeout", exchange.expired, retryable=True, status=reception.status)
         return exchange.sent, failure
 
-    async def _public(self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes) -> Failure | None:
+    async def _public(
+        self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes
+    ) -> Failure | None:
         """The same over aiohttp's public interface. Stamps are those of the reading coroutine."""
         assert self._session is not None  # noqa: S101  (made on entry)
         reception = exchange.reception

@@ -1,0 +1,376 @@
+"""The whole of a run: lock, recover, serve, publish, sum up. What `batchstream run` and the Python API call.
+
+The order is the durability protocol's: options and input are checked first, then the lock is taken, the
+journal compared and recovered and a new segment made durable; only then may a request leave. When every
+row has an outcome the results are built from the journal and put in place atomically; FINAL.json comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+import batchstream
+from batchstream.connect import Plan, opened, plan
+from batchstream.engine.gauges import Gauges
+from batchstream.engine.progress import Progress
+from batchstream.engine.runner import Stop
+from batchstream.errors import InputError, LockedError, UsageError
+from batchstream.figures.evidence import Evidence
+from batchstream.figures.summary import Run, Summary, Tally, summary
+from batchstream.files.fingerprint import input_fingerprint
+from batchstream.files.journal import JournalDir, Manifest
+from batchstream.files.lock import journal_path
+from batchstream.files.source import Row, Source, SourceSpec, open_source
+from batchstream.job import Job
+from batchstream.records import Api, InvalidRow
+from batchstream.shard import Control, Hooks, run_shard
+from batchstream.wire.body import build_body
+
+EXIT_OF = {"account": 4, "endpoint": 4, "budget": 5, "storage": 14}
+
+Watch = Callable[[Progress], AbstractContextManager[Any]]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended. `message`: one line, why it was not exit 0 and whether the same command resumes."""
+
+    exit_code: int
+    message: str
+    output: Path
+    journal: Path
+    summary: Summary | None
+    stop: Stop | None = None
+    published: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def run(job: Job, *, watch: Watch | None = None, hooks: Hooks | None = None, handle_signals: bool = False) -> Report:
+    """Run a job to its end, or to its stop. Blocking; `run_async` is the same on a loop that already runs.
+
+    `watch(progress)` is entered while requests run (a display). With `handle_signals` the first SIGINT, SIGTERM or
+    SIGHUP drains and the second cuts; the caller then dies of `report.stop.signal`.
+    Raises `BatchstreamError`s for what keeps a run from starting.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(run_async(job, watch=watch, hooks=hooks, handle_signals=handle_signals))
+
+
+async def run_async(
+    job: Job,
+    *,
+    watch: Watch | None = None,
+    hooks: Hooks | None = None,
+    handle_signals: bool = False,
+    control: Control | None = None,
+) -> Report:
+    """See `run`. `control` stops the run from outside."""
+    control = control or Control()
+    restore = _listen(control) if handle_signals else None
+    try:
+        return await _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext_watch).go()
+    finally:
+        if restore is not None:
+            restore()
+
+
+def nullcontext_watch(progress: Progress) -> AbstractContextManager[Any]:
+    return nullcontext(progress)
+
+
+class _Run:
+    def __init__(self, job: Job, plan: Plan, control: Control, hooks: Hooks, watch: Watch) -> None:
+        self._job = job
+        self._plan = plan
+        self._control = control
+        self._hooks = hooks
+        self._watch = watch
+        self._started = time.monotonic()
+        self._started_at = now_iso()
+        self._yielded = 0
+        self._skipped = 0
+        self._exhausted = False
+        self._evidence: Evidence | None = None
+
+    async def go(self) -> Report:
+        job = self._job
+        self._out = output_of(job)
+        source = await asyncio.to_thread(self._open)
+        journal = await self._acquire(source)
+        if journal is None:
+            skipped = "another run holds the job; skipped (--if-locked skip)"
+            return Report(exit_code=0, message=skipped, output=self._out, journal=journal_path(self._out), summary=None)
+        try:
+            if journal.final is not None:
+                return await self._already_done(journal)
+            return await self._serve(source, journal)
+        finally:
+            await asyncio.to_thread(journal.close)
+
+    def _open(self) -> Source:
+        source = open_job_source(self._job, self._plan)
+        first = next(source.batches(), None)
+        if self._job.invalid == "fail":
+            for bad in (row for batch in source.batches() for row in batch if isinstance(row, InvalidRow)):
+                raise InputError(f"{bad.where}: {bad.message} (--invalid record goes on without such rows)")
+        for row in first or ():
+            if not isinstance(row, InvalidRow) and "model" not in row.body:
+                raise UsageError("no model: name one with --model, or in each row")
+        return source
+
+    async def _acquire(self, source: Source) -> JournalDir | None:
+        """The locked, recovered journal; None when another run holds it and that is all right."""
+        job = self._job
+        manifest = Manifest(
+            job=identity(job, self._plan),
+            input=input_fingerprint(source),
+            created=self._started_at,
+            version=batchstream.__version__,
+        )
+        deadline = time.monotonic() + job.lock_wait
+        while True:
+            try:
+                return await asyncio.to_thread(
+                    JournalDir.acquire,
+                    self._out,
+                    manifest,
+                    new_job=job.new_job,
+                    overwrite=job.overwrite,
+                    allow_append=job.allow_append,
+                    retry_failed=job.retry_failed,
+                    durability=job.durability,
+                    spill_dir=Path(job.spill_dir) if job.spill_dir else None,
+                )
+            except LockedError:
+                if time.monotonic() < deadline and not self._control.stopping:
+                    await asyncio.sleep(min(0.2, job.lock_wait))
+                elif job.if_locked == "skip":
+                    return None
+                else:
+                    raise
+
+    async def _already_done(self, journal: JournalDir) -> Report:
+        """A finished job: nothing is sent; the exit code is what the rows say."""
+        final = journal.final
+        assert final is not None  # noqa: S101  (the caller's condition)
+        exit_code = 3 if final.failed > self._job.max_failures else 0
+        figures = await asyncio.to_thread(self._summary, journal, None, exit_code, final.rows)
+        message = f"finished before ({final.rows} rows); nothing was sent"
+        if exit_code:
+            message = f"{message}; {_too_many(final.failed, self._job.max_failures)}"
+        return self._report(journal, exit_code, message, figures, published=True)
+
+    async def _serve(self, source: Source, journal: JournalDir) -> Report:
+        job, recovered = self._job, journal.recovered
+        before = recovered.ok + (0 if job.retry_failed else recovered.failed)
+        self.progress = Progress(time.monotonic(), total=None, resumed=before)
+        counting = asyncio.create_task(self._count_rows(source))
+        proven = journal.proven(source)
+        gauges = Gauges()
+        try:
+            async with opened(job, self._plan) as target:
+                gauges.start()
+                try:
+                    with self._watch(self.progress):
+                        stop = await run_shard(
+                            job, target, journal, self._taken(iter(proven)), proven.take_blocks,
+                            self.progress, self._control, self._hooks, rpm=self._plan.rpm,
+                        )  # fmt: skip
+                finally:
+                    gauges.stop()
+                    self._evidence = gauges.evidence()
+        finally:
+            counting.cancel()
+        return await asyncio.to_thread(self._conclude, journal, stop, before)
+
+    def _taken(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
+        """The rows to serve, counted; invalid ones left out when they are to be skipped."""
+        for batch in batches:
+            taken = batch
+            if self._job.invalid == "skip":
+                taken = [row for row in batch if not isinstance(row, InvalidRow)]
+                self._skipped += len(batch) - len(taken)
+            self._yielded += len(taken)
+            if taken:
+                yield taken
+        self._exhausted = True
+
+    async def _count_rows(self, source: Source) -> None:
+        """The total for the display, found in the background; a run does not wait for it."""
+        self.progress.total = await asyncio.to_thread(source.count)
+
+    def _conclude(self, journal: JournalDir, stop: Stop | None, before: int) -> Report:
+        """After the last request: publish, or say why not."""
+        job = self._job
+        complete = self._exhausted and self.progress.done == self._yielded
+        if not complete or (stop is not None and stop.cause == "signal"):
+            stop = stop or Stop("endpoint", "rows were left over")
+            exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
+            figures = self._summary(journal, stop, exit_code, None)
+            return self._report(journal, exit_code, f"stopped: {stop.message}", figures, stop=stop)
+        total = before + self._yielded
+        failed = self.progress.failed + (0 if job.retry_failed else journal.recovered.failed)
+        exit_code = 3 if failed > job.max_failures else 0
+        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), overwrite=job.overwrite)
+        figures = self._summary(journal, None, exit_code, total)
+        message = _too_many(final.failed, job.max_failures) if exit_code else "finished"
+        return self._report(journal, exit_code, message, figures, published=True)
+
+    def _summary(self, journal: JournalDir, stop: Stop | None, exit_code: int, total: int | None) -> Summary:
+        tally = Tally(since=self._started_at)
+        for result in journal.results():
+            tally.add(result)
+        pending = 0 if total is not None else None
+        if total is None and self._exhausted:
+            pending = journal.recovered.ok + self._yielded - tally.ok - tally.failed
+        facts = Run(
+            started_at=self._started_at,
+            ended_at=now_iso(),
+            elapsed_s=round(time.monotonic() - self._started, 3),
+            exit_code=exit_code,
+            stop=None if stop is None else stop.message,
+            endpoint=self._plan.label,
+            model=self._plan.model,
+            output=str(self._out),
+            journal=str(journal.path),
+            pending=pending,
+            resumed=journal.recovered.ok,
+            skipped=self._skipped,
+            asked_again=journal.recovered.asked_again,
+            duplicates=journal.recovered.duplicates,
+        )
+        return summary(tally, facts, self._evidence)
+
+    def _report(
+        self,
+        journal: JournalDir,
+        exit_code: int,
+        message: str,
+        figures: Summary,
+        *,
+        stop: Stop | None = None,
+        published: bool = False,
+    ) -> Report:
+        return Report(
+            exit_code=exit_code,
+            message=message,
+            output=self._out,
+            journal=journal.path,
+            summary=figures,
+            stop=stop,
+            published=published,
+            warnings=tuple(journal.warnings),
+        )
+
+
+def identity(job: Job, plan: Plan) -> dict[str, Any]:
+    """What changes results, as plain data: the job's fingerprint. Tuning (concurrency, retries, key) is not in it."""
+    return {
+        "endpoint": urlsplit(plan.label).netloc or plan.label,
+        "api": plan.api,
+        "model": plan.model,
+        "params": job.param,
+        "system": job.system,
+        "template": job.template,
+        "prompt_column": job.prompt_column,
+        "id_column": job.id_column,
+        "keep": list(job.keep),
+        "limit": job.limit,
+        "sample": None if job.sample is None else [job.sample, job.seed],
+        "invalid": "skip" if job.invalid == "skip" else "record",
+        "sim_seed": job.sim.get("seed"),
+        "major": batchstream.__version__.split(".")[0],
+    }
+
+
+def output_of(job: Job) -> Path:
+    """Where the results go: as said, or beside the input (prompts.jsonl → prompts.results.jsonl).
+
+    Raises UsageError for an output whose format cannot be told, or that is the input itself.
+    """
+    if job.output is not None:
+        out = Path(job.output)
+    elif job.input == "-" or "://" in job.input or any(c in job.input for c in "*?["):
+        raise UsageError(f"name the results file with -o; there is no obvious place beside {job.input!r}")
+    else:
+        source = Path(job.input)
+        stem = source.name
+        for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".parquet"):
+            stem = stem.removesuffix(suffix)
+        out = source.with_name(f"{stem}.results{'.parquet' if source.suffix == '.parquet' else '.jsonl'}")
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UsageError(f"-o {out}: expected .jsonl or .parquet at its end (other formats: batchstream export)")
+    if job.input != "-" and out.exists() and out.resolve() == Path(job.input).resolve():
+        raise UsageError(f"-o {out}: the results would replace the prompts; choose another name")
+    return out
+
+
+def open_job_source(job: Job, plan: Plan) -> Source:
+    """The job's prompts as requests. Raises InputError and UsageError before the first row."""
+    defaults = {**({"model": plan.model} if plan.model else {}), **job.param}
+
+    def build(api: Api, common: dict[str, Any]) -> dict[str, Any]:
+        return build_body(api, common, include_usage=job.include_usage)
+
+    return open_source(
+        SourceSpec(
+            paths=(job.input,),
+            api=plan.api,
+            defaults=defaults,
+            system=job.system,
+            template=job.template,
+            prompt_column=job.prompt_column,
+            id_column=job.id_column,
+            keep="all" if job.keep == ("all",) else job.keep or None,
+            limit=job.limit,
+            sample=job.sample,
+            seed=job.seed,
+        ),
+        build,
+    )
+
+
+def now_iso() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _too_many(failed: int, allowed: int) -> str:
+    return f"{failed} rows failed, {allowed} allowed (--max-failures); --retry-failed asks them again"
+
+
+def _listen(control: Control) -> Callable[[], None]:
+    """SIGINT, SIGTERM and SIGHUP: the first drains, the second cuts. Returns what undoes it."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def on_signal(number: signal.Signals) -> None:
+        if control.stopping:
+            control.abort()
+        control.stop(Stop("signal", f"got {number.name}; draining", int(number)))
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
+
+    def restore() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+    return restore
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it exists: the largest single gain on paced streams."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
