@@ -137,11 +137,11 @@ def _speed(summary: Summary) -> str | None:
     speed, elapsed_s = summary.throughput, summary.run.elapsed_s
     if speed.rows_per_s is None or elapsed_s is None or not speed.rows:
         return None
-    rates = [f"{_rate(speed.rows_per_s)} rows/s"]
+    rates = [f"{rate(speed.rows_per_s)} rows/s"]
     if speed.completion_tokens_per_s is not None:
-        rates.append(f"{_rate(speed.completion_tokens_per_s)} completion tokens/s")
+        rates.append(f"{rate(speed.completion_tokens_per_s)} completion tokens/s")
     if speed.total_tokens_per_s is not None:
-        rates.append(f"{_rate(speed.total_tokens_per_s)} tokens/s")
+        rates.append(f"{rate(speed.total_tokens_per_s)} tokens/s")
     return _listed([*rates, f"{speed.rows:,} rows in {duration(elapsed_s)}"])
 
 
@@ -235,7 +235,8 @@ def _percent(part: int, whole: int) -> str:
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
 
 
-def _rate(per_second: float) -> str:
+def rate(per_second: float) -> str:
+    """ "0.031", "46.9", "2,770": three digits, or all before the point."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
