@@ -1,173 +1,297 @@
-"""The journal of a job: OUT.journal/ beside the output. (Interface settled; bodies follow.)"""
+"""The journal of a job: the directory OUT.journal/ beside the output.
+
+    LOCK              flock, see lock.py
+    MANIFEST.json     identity of the job, its salt
+    seg-<w>-<n>.bsj   what happened, see record.py; one more for each start of a worker; old ones are only read
+    FINAL.json        written last, after the results are in place
+    before-<job>/     the journal of an earlier job, put aside by --new-job; never deleted by us
+    input.jsonl       what came through stdin, see spool.py
+
+Order of a start: lock, manifest (compare or write), recover, sync what a killed run left unsynced, new segment with
+its header and name on stable storage. Only then may a request leave: the journal is proven writable before money is
+spent.
+A new job begins with the rename of its MANIFEST: its salt makes every older record invalid, whatever is moved when.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import secrets
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
 
-from batchstream.files.source import Row, Source
+from batchstream.errors import DamagedError, IdentityError, StorageError, UsageError
+from batchstream.files import fsio, record
+from batchstream.files.fingerprint import ProvenRows, input_differences, job_differences
+from batchstream.files.lock import Lock, hold, journal_path
+from batchstream.files.manifest import FORMAT, Final, InputFile, Manifest, Published, load_final, load_manifest
+from batchstream.files.publish import describe, publish
+from batchstream.files.recovery import Recovered, recover, segment_files
+from batchstream.files.segment import Durability, GroupSync, Segment
+from batchstream.files.source import Source
 
-Durability = Literal["row", "batch", "os"]
-
-
-class InputFile(msgspec.Struct, frozen=True):
-    name: str
-    size: int
-    mtime_ns: int
-
-
-class Manifest(msgspec.Struct, kw_only=True):
-    """Identity of a job. The caller fills job, input, created, version; `acquire` fills job_id and salt."""
-
-    job: dict[str, Any]            # everything that changes results: fingerprint.job_fingerprint(...)
-    input: tuple[InputFile, ...]   # fingerprint.input_fingerprint(source)
-    created: str                   # ISO 8601 UTC
-    version: str
-    job_id: str = ""
-    salt: str = ""
-    format: int = 1
-
-
-class Published(msgspec.Struct, frozen=True):
-    """The results file as this job made it: how a later start knows the file is its own."""
-
-    size: int
-    blake2b: str
-
-
-class Final(msgspec.Struct, kw_only=True):
-    """FINAL.json: written last, after the results are in place. `reopened` = superseded by a later start
-    (--retry-failed, --allow-append) that has not finished yet."""
-
-    job_id: str
-    rows: int
-    ok: int
-    failed: int
-    duplicates: int
-    exit_code: int
-    usage: dict[str, int]
-    results: Published | None
-    finished: str
-    reopened: bool = False
-
-
-class Recovered:
-    """What the journal holds, at most 24 bytes a row."""
-
-    ok: int                 # rows with a stored success
-    failed: int             # rows whose best outcome is a failure
-    duplicates: int         # successes beyond the first of their row: bought twice
-    asked_again: int        # rows admitted (maybe billed) without a stored outcome: they will be asked again
-    skipped_records: int    # damaged records past the last durable mark, ignored
-    blocks: dict[int, tuple[int, bytes]]  # block index -> (rows hashed, hash)
-
-    def done(self, row: int) -> bool:
-        """True when the row has a stored outcome and must not be sent (with retry_failed: a stored success)."""
-        raise NotImplementedError
-
-    def digest(self, row: int) -> int | None:
-        """Request digest of the row's stored outcome, None without one."""
-        raise NotImplementedError
-
-    def check(self, row: Row) -> bool:
-        """`done(row.row)`, and raise IdentityError when the row's digest differs from the stored one."""
-        raise NotImplementedError
-
-
-class Segment:
-    """One append-only file of the journal, and whatever replaces it after an error. Thread-safe."""
-
-    trouble: str | None     # why the disk refuses right now; while set: admit nothing, keep calling sync() with back-off
-    pending_bytes: int      # bytes written or held that no sync has covered yet
-    durable_rows: int       # outcomes on stable storage, of this process
-
-    def admit(self, rows: Iterable[int]) -> None:
-        """Note that these rows are about to be sent (one small record; written, not synced)."""
-        raise NotImplementedError
-
-    def append(self, row: int, digest: int, ok: bool, result_json: bytes) -> bool:
-        """Write an outcome at once. Never raises for the disk: False = held in memory, see `trouble`."""
-        raise NotImplementedError
-
-    def cancel(self, rows: Iterable[int]) -> None:
-        """Rows given up by a second signal or a drain time-out: they may be billed and will be asked again."""
-        raise NotImplementedError
-
-    def block(self, index: int, rows: int, digest: bytes) -> None:
-        raise NotImplementedError
-
-    def sync(self) -> list[int]:
-        """Make everything appended so far durable; returns the rows that became so (empty while in trouble).
-
-        Blocking (fdatasync): call it from a helper thread; append may go on meanwhile. Also retries what the disk
-        refused, and starts a fresh file after EIO or at 1 GiB. Raises StorageError when that fails for good
-        (EIO twice): then `spill` or give up.
-        """
-        raise NotImplementedError
-
-    def spill(self, directory: Path) -> Path:
-        """Last resort: write every outcome that is not durable to `directory`, synced. The next `acquire` with the
-        same spill_dir takes it in. Raises StorageError."""
-        raise NotImplementedError
-
-    def close(self, *, clean: bool) -> list[int]:
-        """Final sync; `clean` writes the end mark (nothing was in flight). Returns like `sync`."""
-        raise NotImplementedError
-
-
-class GroupSync:
-    """When the next sync is due (pure). durability "row": at once; "batch": 100 ms or 1 MiB; "os": as batch, no fdatasync."""
-
-    def __init__(self, durability: Durability = "batch", *, max_wait: float = 0.1, max_bytes: int = 1 << 20) -> None: ...
-
-    def wait(self, pending_bytes: int, oldest: float | None, now: float) -> float | None:
-        """Seconds until a sync is due: 0 = now, None = nothing is pending. `oldest`: when the first pending byte came."""
-        raise NotImplementedError
+__all__ = [
+    "Durability",
+    "Final",
+    "GroupSync",
+    "InputFile",
+    "JournalDir",
+    "Manifest",
+    "Published",
+    "Segment",
+    "journal_path",
+    "load_final",
+    "load_manifest",
+]
 
 
 class JournalDir:
-    """The locked, recovered journal of one job."""
+    """The locked, recovered journal of one job. Made by `acquire` or, in worker processes, `join`.
 
-    path: Path
-    manifest: Manifest
-    recovered: Recovered
-    final: Final | None     # finished before, and neither input nor outcome set changed since: nothing to do
-    lock_fd: int            # hand to worker processes (pass_fds), so that the lock lives as long as any of them
-    warnings: list[str]     # one line each, for stderr
+    `final` is not None when the job was finished before and nothing has changed since: there is nothing to do.
+    `lock_fd` is for worker processes to inherit, so that the lock lasts as long as any of them. `warnings` hold one
+    line each for the user.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, recovered: Recovered, lock: Lock | None,
+                 durability: Durability, disk: fsio.Disk) -> None:  # fmt: skip
+        self.out = out
+        self.path = journal_path(out)
+        self.manifest = manifest
+        self.recovered = recovered
+        self.final: Final | None = None
+        self.warnings: list[str] = []
+        self.overwrite = False
+        self.disk = disk
+        self._lock = lock
+        self._durability = durability
+
+    @property
+    def lock_fd(self) -> int:
+        return self._lock.fd if self._lock else -1
 
     @classmethod
     def acquire(
-        cls, out: Path, manifest: Manifest, *, new_job: bool = False, overwrite: bool = False,
-        allow_append: bool = False, retry_failed: bool = False, durability: Durability = "batch",
-        spill_dir: Path | None = None, lock: Any = None, disk: Any = None,
+        cls,
+        out: Path,
+        manifest: Manifest,
+        *,
+        new_job: bool = False,
+        overwrite: bool = False,
+        allow_append: bool = False,
+        retry_failed: bool = False,
+        durability: Durability = "batch",
+        spill_dir: Path | None = None,
+        lock: Lock | None = None,
+        disk: fsio.Disk | None = None,
     ) -> JournalDir:
-        """Lock, compare or write the manifest, recover. Raises LockedError, IdentityError, DamagedError, StorageError,
-        UsageError (OUT exists and is not this job's). `lock`: from lock.hold(out), when it was taken earlier."""
-        raise NotImplementedError
+        """Lock (unless `lock` comes from `lock.hold`), compare or write the manifest, recover.
+
+        On error the lock is released. Raises LockedError, IdentityError (each difference named), DamagedError,
+        StorageError, and UsageError when OUT exists and is not this job's.
+        """
+        disk = disk or fsio.disk
+        _check_output(out)
+        lock = lock or hold(out, started=manifest.created, disk=disk)
+        try:
+            return cls._open(
+                out, manifest, new_job, overwrite, allow_append, retry_failed, durability, spill_dir, lock, disk
+            )
+        except BaseException:
+            lock.release()
+            raise
 
     @classmethod
-    def join(cls, out: Path, lock_fd: int, *, durability: Durability = "batch", disk: Any = None) -> JournalDir:
-        """In a worker process of the holder: the same journal, not recovered, only to open segments."""
-        raise NotImplementedError
+    def _open(cls, out: Path, wanted: Manifest, new_job: bool, overwrite: bool, allow_append: bool, retry_failed: bool,
+              durability: Durability, spill_dir: Path | None, lock: Lock, disk: fsio.Disk) -> JournalDir:  # fmt: skip
+        directory = journal_path(out)
+        kept = _load_any(directory) if new_job else load_manifest(directory)
+        if kept is None and not new_job and segment_files(directory):
+            raise DamagedError(
+                f"{directory}: holds answers but no MANIFEST.json; restore it, or start over with --new-job"
+            )
+        if kept is None or new_job:
+            manifest = _begin_job(out, wanted, kept, overwrite, disk)
+        else:
+            _compare(directory, kept, wanted, allow_append)
+            manifest = msgspec.structs.replace(kept, input=wanted.input)
+        _put_aside(directory, manifest.job_id, disk)
+        if spill_dir is not None:
+            _take_in_spills(directory, spill_dir, disk)
+        recovered = recover(directory, manifest.salt, retry_failed=retry_failed)
+        if durability != "os":
+            _sync_leftovers(recovered, disk)
+        journal = cls(out, manifest, recovered, lock, durability, disk)
+        journal.overwrite = overwrite
+        journal._consider_final(same_input=kept is not None and kept.input == wanted.input)
+        if recovered.skipped_records:
+            journal.warnings.append(
+                f"{directory}: {recovered.skipped_records} damaged records past the last durable mark were ignored; "
+                "their rows are asked again"
+            )
+        return journal
+
+    @classmethod
+    def join(cls, out: Path, *, durability: Durability = "batch", disk: fsio.Disk | None = None) -> JournalDir:
+        """In a worker process of the holder (which has inherited `lock_fd`): the journal, only to open segments."""
+        manifest = load_manifest(journal_path(out))
+        if manifest is None:
+            raise StorageError(f"{journal_path(out)}: the job's MANIFEST.json has disappeared")
+        return cls(out, manifest, Recovered(manifest.salt), None, durability, disk or fsio.disk)
 
     def segment(self, worker: int = 0) -> Segment:
-        """Open a new segment: created, header written, file and directory synced. Only now may a request leave."""
-        raise NotImplementedError
+        """Open a new segment, its header and name on stable storage. Raises StorageError."""
+        numbers = [int(record.SEGMENT_NAME.fullmatch(path.name)[2]) for path in segment_files(self.path)]  # type: ignore[index]
+        return Segment(
+            self.path,
+            job_id=self.manifest.job_id,
+            salt=self.manifest.salt,
+            worker=worker,
+            number=max(numbers, default=-1) + 1,
+            after={state.path.name: state.valid for state in self.recovered.segments if state.valid},
+            durability=self._durability,
+            disk=self.disk,
+        )
 
-    def proven(self, source: Source) -> Iterator[list[Row]]:
-        """`source.batches()`, with the input's identity proven: done rows against their stored digest, and every recorded
-        block with unfinished rows hashed before a row of it is given. Done rows are left out. Raises IdentityError.
-        After each call `blocks_read` holds block hashes newly complete, for Segment.block."""
-        raise NotImplementedError
+    def proven(self, source: Source) -> ProvenRows:
+        """The rows that remain to be done, the input's identity proven as they are read."""
+        return ProvenRows(source, self.recovered)
 
-    def publish(self, *, rows: int, exit_code: int, finished: str, overwrite: bool = False) -> Final:
-        """Build OUT from the journal (format by suffix), in input order, put it in place atomically, write FINAL.json.
-        `rows`: how many rows must have an outcome. Blocking. Repeatable. Raises StorageError, DamagedError."""
-        raise NotImplementedError
+    def publish(self, *, rows: int, exit_code: int, finished: str) -> Final:
+        """Build OUT from the journal, put it in place, write FINAL.json. `rows`: how many must have an outcome.
+
+        Close the segments first. Blocking; repeatable: a second call gives a byte-identical file.
+        Raises DamagedError (a row is missing), StorageError, and UsageError when OUT is not this job's to replace.
+        """
+        return publish(
+            self.out, self.path, self.manifest, self.disk,
+            overwrite=self.overwrite, rows=rows, exit_code=exit_code, finished=finished,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Release the lock (the LOCK file stays)."""
-        raise NotImplementedError
+        if self._lock:
+            self._lock.release()
+
+    def _consider_final(self, *, same_input: bool) -> None:
+        final = load_final(self.path)
+        if final is None or final.job_id != self.manifest.job_id or final.reopened:
+            return
+        if same_input and not (self.recovered.retry_failed and self.recovered.failed):
+            # A results file that was deleted is built again, from the journal, without a request.
+            self.final = final if self.out.exists() else None
+            return
+        reopened = msgspec.structs.replace(final, reopened=True)
+        fsio.replace_file(self.disk, self.path / "FINAL.json", msgspec.json.encode(reopened))
+
+
+def _check_output(out: Path) -> None:
+    if out.exists() and not out.is_file():
+        raise UsageError(f"{out}: expected a regular file for the results, got something else; choose another --output")
+
+
+def _load_any(directory: Path) -> Manifest | None:
+    """For --new-job, to which a damaged manifest is no obstacle."""
+    try:
+        return load_manifest(directory)
+    except (DamagedError, IdentityError):
+        return None
+
+
+def _begin_job(out: Path, wanted: Manifest, kept: Manifest | None, overwrite: bool, disk: fsio.Disk) -> Manifest:
+    directory = journal_path(out)
+    if out.exists() and not overwrite:
+        final = load_final(directory) if kept is not None else None
+        if final is None or not _is_published(out, final.results):
+            raise UsageError(
+                f"{out}: exists and was not made by this job; choose another --output, or give --overwrite"
+            )
+    if kept is not None:
+        with fsio.storage_errors(directory):
+            aside = directory / f"before-{kept.job_id}"
+            if not aside.is_dir():
+                disk.mkdir(str(aside))
+        fsio.replace_file(disk, aside / "MANIFEST.json", msgspec.json.encode(kept))
+    manifest = msgspec.structs.replace(wanted, job_id=secrets.token_hex(8), salt=secrets.token_hex(16), format=FORMAT)
+    fsio.replace_file(disk, directory / "MANIFEST.json", msgspec.json.encode(manifest))
+    return manifest
+
+
+def _compare(directory: Path, kept: Manifest, wanted: Manifest, allow_append: bool) -> None:
+    lines = job_differences(kept.job, wanted.job)
+    lines += input_differences(kept.input, wanted.input, allow_append=allow_append)
+    if lines:
+        grown = (
+            " (a grown input is accepted with --allow-append)"
+            if any(line.startswith("input") for line in lines)
+            else ""
+        )
+        raise IdentityError(
+            f"{directory} belongs to another job or input: {'; '.join(lines)}{grown}; "
+            "restore them, choose another --output, or start over with --new-job"
+        )
+
+
+def _put_aside(directory: Path, job_id: str, disk: fsio.Disk) -> None:
+    """Move what an earlier job left (see --new-job) to its own directory. The next start finishes what a crash left."""
+    for aside in directory.glob("before-*"):
+        segments = [
+            path for path in segment_files(directory) if _header_job(path) == aside.name.removeprefix("before-")
+        ]
+        final = _load_final_quietly(directory)
+        if final is not None and aside.name == f"before-{final.job_id}":
+            segments.append(directory / "FINAL.json")
+        if segments:
+            with fsio.storage_errors(aside):
+                for path in segments:
+                    disk.replace(str(path), str(aside / path.name))
+                disk.sync_dir(str(aside))
+                disk.sync_dir(str(directory))
+
+
+def _load_final_quietly(directory: Path) -> Final | None:
+    try:
+        return load_final(directory)
+    except DamagedError:
+        return None
+
+
+def _header_job(path: Path) -> str | None:
+    """The job id in a segment's first line, unchecked: it only decides where a foreign file is kept."""
+    with open(path, "rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        job = msgspec.json.decode(line[record.OVERHEAD :])["job"]
+    except (msgspec.MsgspecError, KeyError, TypeError, UnicodeDecodeError):
+        return None
+    return job if isinstance(job, str) else None
+
+
+def _take_in_spills(directory: Path, spill_dir: Path, disk: fsio.Disk) -> None:
+    """Copy what an earlier run of this job spilled into the journal, then remove it there."""
+    manifest = load_manifest(directory)
+    for path in sorted(spill_dir.glob("spill-*.bsj")) if manifest else []:
+        if record.SEGMENT_NAME.fullmatch(path.name) and _header_job(path) == manifest.job_id:  # type: ignore[union-attr]
+            target = directory / path.name
+            with fsio.storage_errors(target):
+                if not target.exists() or target.stat().st_size != path.stat().st_size:
+                    fsio.replace_file(disk, target, path.read_bytes())
+                disk.unlink(str(path))
+
+
+def _sync_leftovers(recovered: Recovered, disk: fsio.Disk) -> None:
+    """A killed process leaves records that the system has and the disk may not. They count from now on: sync them."""
+    for state in recovered.segments:
+        if not state.ended:
+            with fsio.storage_errors(state.path):
+                fd = disk.open(str(state.path), os.O_RDONLY)
+                try:
+                    disk.sync_data(fd)
+                finally:
+                    disk.close(fd)
+
+
+def _is_published(out: Path, published: Published) -> bool:
+    """True when the file `out` is byte for byte the one that `published` describes."""
+    return out.stat().st_size == published.size and describe(out) == published

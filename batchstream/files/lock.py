@@ -1,0 +1,71 @@
+"""One run at a time for each output: an flock on OUT.journal/LOCK.
+
+The lock is the kernel's: it goes with the last process that has the file open, however that process died,
+so there is nothing stale to clean up. The file is created once and never unlinked (unlinking a lock file lets
+two processes lock two different files of one name). Its text only serves to name the holder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from batchstream.errors import LockedError, UsageError
+from batchstream.files import fsio
+
+
+def journal_path(out: Path) -> Path:
+    """Where the state of the job with output `out` lives: the directory OUT.journal beside it."""
+    return out.with_name(out.name + ".journal")
+
+
+class Lock:
+    """A held lock. `fd` may be passed on to child processes; the lock lasts until the last of them is gone."""
+
+    def __init__(self, path: Path, fd: int, disk: fsio.Disk) -> None:
+        self.path = path
+        self.fd = fd
+        self._disk = disk
+
+    def release(self) -> None:
+        if self.fd >= 0:
+            self._disk.close(self.fd)
+            self.fd = -1
+
+
+def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
+    """Create the state directory if need be and lock it, without waiting.
+
+    `started` is the start time (ISO 8601) that is shown to whoever comes second. Raises LockedError naming the
+    holder, StorageError when the directory cannot be made, UsageError when something else has its name.
+    """
+    disk = disk or fsio.disk
+    directory = journal_path(out)
+    with fsio.storage_errors(directory):
+        try:
+            disk.mkdir(str(directory), 0o700)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise UsageError(
+                    f"{directory}: expected a directory for the job's state, got a file; move it"
+                ) from None
+        # Always, not only by the one who made it: that one may have died before its sync.
+        disk.sync_dir(str(directory.parent))
+        fd = disk.open(str(directory / "LOCK"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        disk.lock(fd)
+        text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode()
+        disk.truncate(fd, 0)
+        fsio.write_all(disk, fd, text)
+    except OSError as error:
+        holder = os.pread(fd, 500, 0).decode("utf-8", "replace").strip()
+        disk.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise LockedError(
+                f"{out}: another run holds this job ({holder or 'it has not said who it is'}); "
+                "wait for it, or use --if-locked skip or --lock-wait"
+            ) from None
+        raise fsio.storage_error(directory / "LOCK", error) from error
+    return Lock(directory, fd, disk)

@@ -1,0 +1,51 @@
+"""Reading results: from the results file, or from the journal of a job that runs, stopped or was damaged.
+
+Reading takes no lock and changes nothing: a record that is being written looks like a torn tail and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from batchstream.errors import InputError
+from batchstream.files.lock import journal_path
+from batchstream.files.manifest import load_manifest
+from batchstream.files.recovery import Recovered, recover
+
+
+def read_results(out: Path) -> Iterator[bytes]:
+    """Result rows as JSON, in input order: of the results file `out` (JSONL or Parquet) if it is there, else of its
+    journal as far as that has come. `out` may also be a journal directory. Raises InputError when there is neither."""
+    if out.is_file():
+        if out.suffix == ".parquet":
+            from batchstream.files.table import read_parquet
+
+            return (msgspec.json.encode(row) for row in read_parquet(out))
+        return _lines(out)
+    return (line for _, line in read_journal(out).results())
+
+
+def read_journal(out: Path, *, salvage: bool = False) -> Recovered:
+    """What the journal of `out` (or the journal directory `out`) holds at present; counts and `results()`.
+
+    With `salvage`, damage before the durable mark is passed over instead of raising DamagedError. Raises
+    InputError when there is no journal.
+    """
+    directory = out if out.is_dir() else journal_path(out)
+    manifest = load_manifest(directory) if directory.is_dir() else None
+    if manifest is None:
+        raise InputError(f"{out}: expected a results file or a journal, found neither")
+    return recover(directory, manifest.salt, strict=not salvage)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                raise InputError(
+                    f"{path}:{number}: the last line is cut off; this is not a results file as it was published"
+                )
+            yield line[:-1]
