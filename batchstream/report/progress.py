@@ -195,7 +195,7 @@ class LiveDisplay:
         self._console = Console(file=file, force_terminal=True, no_color=not color, highlight=False, markup=False)
         self._live = Live(
             console=self._console,
-            get_renderable=lambda: live_text(self._meter.read(), self._console.width),
+            get_renderable=lambda: live_text(self._meter.read()),
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
@@ -258,29 +258,27 @@ def status_line(reading: Reading) -> str:
     return ", ".join(part for part in [*parts, *_binding(reading)] if part)
 
 
-def live_text(reading: Reading, width: int) -> Text:
-    """A reading as the lines of the live display, none wider than `width` columns."""
+def live_text(reading: Reading) -> Text:
+    """A reading as the lines of the live display, to be cut where the terminal ends."""
     from rich.text import Text
 
-    bar = Text(no_wrap=True, overflow="ellipsis")
+    bar = Text()
     if reading.total:
         full = min(_BAR, _BAR * reading.done // reading.total)
         bar.append("━" * full, "green").append("━" * (_BAR - full), "dim").append("  ")
     bar.append(_rows(reading), "bold").append(f"  {_left(reading)}")
 
-    counts = Text(f"{reading.ok:,} ok", no_wrap=True, overflow="ellipsis").append(" · ")
+    counts = Text(f"{reading.ok:,} ok").append(" · ")
     counts.append(f"{reading.failed:,} failed", "red" if reading.failed else "")
     counts.append(f" · {reading.in_flight:,} in flight · {reading.waiting:,} waiting · ")
     counts.append(f"{reading.retries:,} retries", "yellow" if reading.retries else "")
 
-    lines = [bar, counts, Text(" · ".join(_rates(reading)), no_wrap=True, overflow="ellipsis")]
+    lines = [bar, counts, Text(" · ".join(_rates(reading)))]
     for label, counters in (("failures", reading.failures), ("retries", reading.retries_by_kind)):
         if counters:
-            lines.append(Text(f"{label}: {counted(counters)}", "dim", no_wrap=True, overflow="ellipsis"))
-    lines += [Text(line, "yellow", no_wrap=True, overflow="ellipsis") for line in _binding(reading)]
-    for line in lines:
-        line.truncate(width)
-    return Text("\n", no_wrap=True).join(line for line in lines if line.plain)
+            lines.append(Text(f"{label}: {counted(counters)}", "dim"))
+    lines += [Text(line, "yellow") for line in _binding(reading)]
+    return Text("\n", no_wrap=True, overflow="ellipsis").join(line for line in lines if line.plain)
 
 
 def _rows(reading: Reading) -> str:

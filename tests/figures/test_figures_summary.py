@@ -206,6 +206,17 @@ def test_an_empty_job_has_a_summary():
     assert figures.metrics["ttft_s"].p50 is None
 
 
+def test_a_summary_stays_as_it_was_while_the_tally_goes_on():
+    tally = Tally()
+    tally.add(msgspec.json.encode(ok()))
+    figures = summary(tally, Run())
+    before = msgspec.json.encode(figures)
+    for more in (ok(), failed("truncated", usage=USAGE)):
+        tally.add(msgspec.json.encode(more))
+    assert msgspec.json.encode(figures) == before
+    assert summary(tally, Run()).metrics["ttft_s"].n == 2
+
+
 def test_a_summary_survives_its_own_json():
     figures = summed_up(*(ok() for _ in range(300)), failed("server", 2, retries=[retry("server")]))
     assert msgspec.json.decode(msgspec.json.encode(figures), type=Summary) == figures

@@ -257,6 +257,7 @@ def test_no_line_of_the_live_display_is_wider_than_the_terminal():
     written = on_a_terminal("progress.message = 'long ' * 50\n" + LIVE)
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written))
     assert max(map(len, lines)) == 80
+    assert any(line.startswith("long long") and line.endswith("…") for line in lines)
 
 
 @pytest.mark.parametrize(
