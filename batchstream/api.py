@@ -16,8 +16,7 @@ from batchstream.engine.client import Client
 from batchstream.engine.course import Course
 from batchstream.engine.outcome import result_of
 from batchstream.engine.runner import Stop, iso
-from batchstream.files.reading import read_journal
-from batchstream.files.rows import digest_of
+from batchstream.files import results
 from batchstream.job import Job
 from batchstream.policy.retry import RetryPolicy
 from batchstream.records import Attempt, Delta, Request, Result
@@ -67,7 +66,7 @@ async def stream(prompt: str | list[dict[str, Any]], **options: Any) -> AsyncIte
     if chosen.model is not None:
         common["model"] = chosen.model
     body = build_body(chosen.api, {**common, **job.param}, include_usage=job.include_usage)
-    request = Request(0, "0", chosen.api, body, digest_of(chosen.api, body))
+    request = Request(0, "0", chosen.api, body, digest=0)
     queue: asyncio.Queue[Delta | Result] = asyncio.Queue()
     async with opened(job, chosen) as target, transport_for(job) as transport:
         client = Client(transport, target, limits_of(job))
@@ -113,5 +112,4 @@ def read_results(out: str | Path) -> Iterator[Result]:
     """The results of a job by its output path, in input order: from a finished job as well as from one that runs or
     died (then those stored so far). Does not disturb a running job. Raises `InputError`, `DamagedError`."""
     decode = msgspec.json.Decoder(Result).decode
-    for result in read_journal(Path(out)):
-        yield decode(result)
+    return (decode(result) for result in results.read_results(Path(out)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -64,9 +63,9 @@ async def opened(job: Job, plan: Plan) -> AsyncIterator[Target]:
     if base_url is not None:
         yield Target(base_url, key, headers)
     elif plan.provider.name == "sim":
-        from batchstream.endpoints.simulate import Simulator
+        from batchstream.endpoints.simulate import Simulator, make_config
 
-        simulator = Simulator(sim_config(job.sim))
+        simulator = Simulator(make_config(job.sim))
         base_url = await simulator.start()
         try:
             yield Target(base_url, key, headers)
@@ -81,16 +80,6 @@ async def opened(job: Job, plan: Plan) -> AsyncIterator[Target]:
             yield Target(base_url, key, headers)
         finally:
             await asyncio.to_thread(server.stop)
-
-
-def sim_config(settings: dict[str, Any]) -> Any:
-    """The simulator's settings from plain values. Raises UsageError."""
-    from batchstream.endpoints.simulate import SimulateConfig
-
-    try:
-        return msgspec.convert(settings, SimulateConfig, strict=False)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"--sim: {error}") from None
 
 
 def _stranger(base_url: str) -> Provider:

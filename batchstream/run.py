@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,15 +29,20 @@ from batchstream.errors import InputError, LockedError, UsageError
 from batchstream.figures.evidence import Evidence
 from batchstream.figures.summary import Run, Summary, Tally, summary
 from batchstream.files.fingerprint import input_fingerprint
-from batchstream.files.journal import JournalDir, Manifest
-from batchstream.files.lock import journal_path
+from batchstream.files.journal import JournalDir
+from batchstream.files.lock import Lock, hold, journal_path
+from batchstream.files.manifest import Final, Manifest
+from batchstream.files.recovery import recover
 from batchstream.files.source import Row, Source, SourceSpec, open_source
+from batchstream.files.spool import spool_stdin
 from batchstream.job import Job
 from batchstream.records import Api, InvalidRow
 from batchstream.shard import Control, Hooks, run_shard
 from batchstream.wire.body import build_body
 
 EXIT_OF = {"account": 4, "endpoint": 4, "budget": 5, "storage": 14}
+
+_T = TypeVar("_T")
 
 Watch = Callable[[Progress], AbstractContextManager[Any]]
 
@@ -102,32 +108,45 @@ class _Run:
         self._evidence: Evidence | None = None
 
     async def go(self) -> Report:
-        job = self._job
-        self._out = output_of(job)
-        source = await asyncio.to_thread(self._open)
-        journal = await self._acquire(source)
+        self._out = output_of(self._job)
+        lock = None
+        if self._job.input == "-":
+            # What comes over a pipe can be read once only: it is kept in the journal, and that wants the lock first.
+            lock = await self._patiently(hold, self._out, started=self._started_at)
+            if lock is None:
+                return self._skipped_run()
+        try:
+            source = await asyncio.to_thread(self._open, lock)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        journal = await self._acquire(source, lock)
         if journal is None:
-            skipped = "another run holds the job; skipped (--if-locked skip)"
-            return Report(exit_code=0, message=skipped, output=self._out, journal=journal_path(self._out), summary=None)
+            return self._skipped_run()
         try:
             if journal.final is not None:
-                return await self._already_done(journal)
+                return await self._already_done(journal, journal.final)
             return await self._serve(source, journal)
         finally:
             await asyncio.to_thread(journal.close)
 
-    def _open(self) -> Source:
-        source = open_job_source(self._job, self._plan)
-        first = next(source.batches(), None)
-        if self._job.invalid == "fail":
+    def _open(self, lock: Lock | None) -> Source:
+        """The input, checked as far as it can be before the first request."""
+        job, spool = self._job, None
+        if lock is not None:
+            stdin = sys.stdin.buffer
+            spool = str(spool_stdin(stdin, lock.path, new_job=job.new_job, allow_append=job.allow_append))
+        source = open_job_source(job, self._plan, spool)
+        if job.invalid == "fail":
             for bad in (row for batch in source.batches() for row in batch if isinstance(row, InvalidRow)):
-                raise InputError(f"{bad.where}: {bad.message} (--invalid record goes on without such rows)")
-        for row in first or ():
+                raise InputError(f"{bad.message} (--invalid record goes on without such rows)")
+        for row in next(source.batches(), []):
             if not isinstance(row, InvalidRow) and "model" not in row.body:
                 raise UsageError("no model: name one with --model, or in each row")
         return source
 
-    async def _acquire(self, source: Source) -> JournalDir | None:
+    async def _acquire(self, source: Source, lock: Lock | None) -> JournalDir | None:
         """The locked, recovered journal; None when another run holds it and that is all right."""
         job = self._job
         manifest = Manifest(
@@ -136,32 +155,41 @@ class _Run:
             created=self._started_at,
             version=batchstream.__version__,
         )
-        deadline = time.monotonic() + job.lock_wait
+        return await self._patiently(
+            JournalDir.acquire,
+            self._out,
+            manifest,
+            new_job=job.new_job,
+            overwrite=job.overwrite,
+            allow_append=job.allow_append,
+            retry_failed=job.retry_failed,
+            durability=job.durability,
+            spill_dir=Path(job.spill_dir) if job.spill_dir else None,
+            lock=lock,
+        )
+
+    async def _patiently(self, take: Callable[..., _T], *args: Any, **kwargs: Any) -> _T | None:
+        """Call `take` in a thread; while another run holds the job, wait as long as --lock-wait says.
+        None: it still does, and the user wants that skipped."""
+        deadline = time.monotonic() + self._job.lock_wait
         while True:
             try:
-                return await asyncio.to_thread(
-                    JournalDir.acquire,
-                    self._out,
-                    manifest,
-                    new_job=job.new_job,
-                    overwrite=job.overwrite,
-                    allow_append=job.allow_append,
-                    retry_failed=job.retry_failed,
-                    durability=job.durability,
-                    spill_dir=Path(job.spill_dir) if job.spill_dir else None,
-                )
+                return await asyncio.to_thread(take, *args, **kwargs)
             except LockedError:
                 if time.monotonic() < deadline and not self._control.stopping:
-                    await asyncio.sleep(min(0.2, job.lock_wait))
-                elif job.if_locked == "skip":
+                    await asyncio.sleep(0.2)
+                elif self._job.if_locked == "skip":
                     return None
                 else:
                     raise
 
-    async def _already_done(self, journal: JournalDir) -> Report:
+    def _skipped_run(self) -> Report:
+        message = "another run holds the job; skipped (--if-locked skip)"
+        journal = journal_path(self._out)
+        return Report(exit_code=0, message=message, output=self._out, journal=journal, summary=None)
+
+    async def _already_done(self, journal: JournalDir, final: Final) -> Report:
         """A finished job: nothing is sent; the exit code is what the rows say."""
-        final = journal.final
-        assert final is not None  # noqa: S101  (the caller's condition)
         exit_code = 3 if final.failed > self._job.max_failures else 0
         figures = await asyncio.to_thread(self._summary, journal, None, exit_code, final.rows)
         message = f"finished before ({final.rows} rows); nothing was sent"
@@ -220,18 +248,21 @@ class _Run:
         total = before + self._yielded
         failed = self.progress.failed + (0 if job.retry_failed else journal.recovered.failed)
         exit_code = 3 if failed > job.max_failures else 0
-        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), overwrite=job.overwrite)
+        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso())
         figures = self._summary(journal, None, exit_code, total)
         message = _too_many(final.failed, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
     def _summary(self, journal: JournalDir, stop: Stop | None, exit_code: int, total: int | None) -> Summary:
         tally = Tally(since=self._started_at)
-        for result in journal.results():
+        stored = recover(journal.path, journal.manifest.salt)
+        for _, result in stored.results():
             tally.add(result)
         pending = 0 if total is not None else None
         if total is None and self._exhausted:
-            pending = journal.recovered.ok + self._yielded - tally.ok - tally.failed
+            known = journal.recovered
+            before = known.ok + (0 if self._job.retry_failed else known.failed)
+            pending = before + self._yielded - tally.rows
         facts = Run(
             started_at=self._started_at,
             ended_at=now_iso(),
@@ -246,7 +277,7 @@ class _Run:
             resumed=journal.recovered.ok,
             skipped=self._skipped,
             asked_again=journal.recovered.asked_again,
-            duplicates=journal.recovered.duplicates,
+            duplicates=stored.duplicates,
         )
         return summary(tally, facts, self._evidence)
 
@@ -314,8 +345,9 @@ def output_of(job: Job) -> Path:
     return out
 
 
-def open_job_source(job: Job, plan: Plan) -> Source:
-    """The job's prompts as requests. Raises InputError and UsageError before the first row."""
+def open_job_source(job: Job, plan: Plan, spool: str | None = None) -> Source:
+    """The job's prompts as requests; `spool` is the file that stdin was copied to.
+    Raises InputError and UsageError before the first row."""
     defaults = {**({"model": plan.model} if plan.model else {}), **job.param}
 
     def build(api: Api, common: dict[str, Any]) -> dict[str, Any]:
@@ -334,6 +366,7 @@ def open_job_source(job: Job, plan: Plan) -> Source:
             limit=job.limit,
             sample=job.sample,
             seed=job.seed,
+            spool=spool,
         ),
         build,
     )
@@ -373,4 +406,5 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         import uvloop
     except ImportError:
         return None
-    return uvloop.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

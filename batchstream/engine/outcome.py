@@ -59,9 +59,8 @@ def retry_of(attempt: Attempt, waited_s: float) -> Retry:
 
 def invalid_result(row: InvalidRow) -> Result:
     """A malformed row's result: failed, nothing was sent."""
-    message = f"{row.where}: {row.message}"
     return Result(row=row.row, id=row.id, status="failed", attempts=0, input=row.keep,
-                  error=RowError("invalid_row", None, message[:_MESSAGE_LIMIT], retryable=False))  # fmt: skip
+                  error=RowError("invalid_row", None, row.message[:_MESSAGE_LIMIT], retryable=False))  # fmt: skip
 
 
 def _row_error(failure: Failure) -> RowError:

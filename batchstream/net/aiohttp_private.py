@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 import yarl
-from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_proto import ResponseHandler as ResponseHandler  # (re-exported: the base of our protocol)
 from aiohttp.connector import Connection
 
 

@@ -20,7 +20,6 @@ import aiohttp
 import yarl
 
 from batchstream.net import aiohttp_private
-from batchstream.net.aiohttp_private import ResponseHandler
 from batchstream.net.exchange import Exchange, redirect
 from batchstream.records import Failure
 from batchstream.wire.http1 import ResponseFramer
@@ -28,7 +27,7 @@ from batchstream.wire.http1 import ResponseFramer
 _now = time.monotonic
 
 
-class StreamProtocol(ResponseHandler):
+class StreamProtocol(aiohttp_private.ResponseHandler):
     """One connection. Idle between requests; `begin` lends it to an exchange until its future is done."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

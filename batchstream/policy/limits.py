@@ -12,8 +12,9 @@ from collections.abc import Callable
 from batchstream.records import Failure
 
 WINDOW_S = 60.0
-SHUT_AFTER = 3
-"""So many 429s without a hint and without a success between them mean that the window is used up."""
+SHUT_AFTER = 5
+"""So many 429s without a hint and without a success between them mean that the window is used up; fewer may be
+chance (of 2,000 requests with 10 % random 429s, five in a row meet about one run in fifty)."""
 
 
 class Lane:

@@ -105,13 +105,15 @@ class ResponseFramer:
         lines = head.split(b"\r\n")
         match = _STATUS.fullmatch(lines[0])
         if match is None:
-            return self._fail(f"expected an HTTP/1.x status line, got {lines[0][:40]!r}")
+            self._fail(f"expected an HTTP/1.x status line, got {lines[0][:40]!r}")
+            return None
         self._persistent = match[1] == b"1"
         headers = []
         for line in lines[1:]:
             field = _FIELD.fullmatch(line)
             if field is None:
-                return self._fail(f"malformed response header {line[:40]!r}")
+                self._fail(f"malformed response header {line[:40]!r}")
+                return None
             headers.append((field[1].decode("ascii"), field[2].decode("utf-8", "surrogateescape")))
         self.headers = headers
         return int(match[2])
