@@ -121,12 +121,16 @@ class Sim:
         self._stack.callback(client.close)
         return client
 
-    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 10.0) -> Answer:
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 10.0
+    ) -> Answer:
         client = self.client(timeout)
         client.send(method, path, body, headers)
         return client.read()
 
-    def chat(self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 10.0, **parameters: Any) -> Answer:
+    def chat(
+        self, text: str = "hi", headers: dict[str, str] | None = None, timeout: float = 10.0, **parameters: Any
+    ) -> Answer:
         """A streamed chat completion, unless told otherwise."""
         body = {"model": "sim", "messages": [{"role": "user", "content": text}], "stream": True, **parameters}
         return self.request("POST", "/v1/chat/completions", body, headers, timeout)

@@ -54,7 +54,12 @@ def test_the_plan_sets_the_rate_and_an_explicit_rate_wins() -> None:
 
 @pytest.mark.parametrize(
     ("text", "mean", "least", "most"),
-    [("0.2", 0.2, 0.2, 0.2), ("0.1..0.3", 0.2, 0.1, 0.3), ("exp(0.2)", 0.2, 0, 9), ("lognormal(0.2, 0.5)", 0.2266, 0, 9)],
+    [
+        ("0.2", 0.2, 0.2, 0.2),
+        ("0.1..0.3", 0.2, 0.1, 0.3),
+        ("exp(0.2)", 0.2, 0, 9),
+        ("lognormal(0.2, 0.5)", 0.2266, 0, 9),
+    ],
 )
 def test_a_distribution_has_the_mean_and_the_range_it_says(text: str, mean: float, least: float, most: float) -> None:
     draw = parse_distribution(text, "ttft").drawer(random.Random(1))
