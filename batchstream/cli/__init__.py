@@ -1,0 +1,1 @@
+"""The command line: parse, build one object, call one function, print. One file a command."""

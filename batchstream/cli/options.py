@@ -1,0 +1,178 @@
+"""The options of `Job` as click sees them: every flag of `run`, `check` and `ask` is made from `job.options()`.
+
+Only flags that were really given count: a job file's value is overridden by what stands on the command line, never by a
+default. click checks single words; what an option means, and what it means beside another, `Job` checks.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Union, get_args, get_origin
+
+import click
+import msgspec
+from click.core import ParameterSource
+
+from batchstream.cli.voice import Voice
+from batchstream.errors import BatchstreamError
+from batchstream.job import SECTIONS, Job, Option, choices, load_job, make_job, options
+
+TITLES = {
+    "input": "Input",
+    "endpoint": "Endpoint",
+    "request": "Request",
+    "limits": "Limits",
+    "retry": "Retry",
+    "output": "Output",
+    "report": "Messages",
+}
+
+
+class Pair(click.ParamType[tuple[str, Any]]):
+    """``K=V``; V is JSON where it parses (0.5, true, ["a"]), else text."""
+
+    name = "K=V"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.strip():
+            self.fail(f"expected NAME=VALUE, got {value!r}", param, ctx)
+        try:
+            return name.strip(), msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            return name.strip(), text
+
+
+class Header(click.ParamType[tuple[str, str]]):
+    """``NAME: VALUE``. The value may be secret and is never repeated."""
+
+    name = "NAME: VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        name, colon, text = str(value).partition(":")
+        if not colon or not name.strip():
+            self.fail("expected 'NAME: VALUE'", param, ctx)
+        return name.strip(), text.strip()
+
+
+class JobOption(click.Option):
+    """A flag made of one field of `Job`."""
+
+    def __init__(self, option: Option) -> None:
+        self.section = option.section
+        super().__init__(**_declaration(option))
+
+
+class JobCommand(click.Command):
+    """A command with the job's options, its help in the job file's sections, its examples last."""
+
+    def __init__(self, name: str, *, examples: str, params: list[click.Parameter], **rest: Any) -> None:
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
+        super().__init__(name, params=params, epilog=epilog, **rest)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {"": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                records.setdefault(getattr(param, "section", ""), []).append(record)
+        for section in (*SECTIONS, ""):
+            if records.get(section):
+                with formatter.section(f"{TITLES[section]} options" if section else "Other options"):
+                    formatter.write_dl(records[section])
+
+
+def job_params(chosen: Callable[[Option], bool] = lambda option: True) -> list[click.Parameter]:
+    """click's parameters for the options of `Job` that are `chosen`, without the input."""
+    return [JobOption(option) for option in options().values() if option.name != "input" and chosen(option)]
+
+
+def given(ctx: click.Context) -> dict[str, Any]:
+    """The values of the job's options that stand on the command line, by field name."""
+    known = options()
+    found: dict[str, Any] = {}
+    for name, value in ctx.params.items():
+        if name not in known or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        kind = get_origin(known[name].type)
+        if kind is dict:
+            found[name] = dict(value)
+        elif kind is tuple:
+            found[name] = [part.strip() for text in value for part in text.split(",") if part.strip()]
+        else:
+            found[name] = value
+    return found
+
+
+def job_of(ctx: click.Context, source: str) -> Job:
+    """The job that the command line describes: a job file with flags over it, or prompts with flags.
+
+    Sets up the voice by it as well. Raises `InputError` and `UsageError`.
+    """
+    values = given(ctx)
+    job = load_job(source, values) if source.endswith(".toml") else make_job({"input": source, **values})
+    attune(ctx, job)
+    return job
+
+
+def attune(ctx: click.Context, job: Job) -> None:
+    """Let the voice speak as the job says, and never say its key."""
+    voice: Voice = ctx.obj
+    voice.log_format, voice.quiet, voice.command = job.log_format, job.quiet, ctx.info_name
+    for secret in _secrets(job):
+        voice.hide(secret)
+
+
+def _secrets(job: Job) -> Iterable[str]:
+    from batchstream.endpoints.credentials import find_key
+    from batchstream.endpoints.providers import DEFAULT, PROVIDERS
+
+    provider = PROVIDERS.get(job.provider or DEFAULT)
+    try:
+        key = find_key(job.api_key_env, job.api_key_file, provider.key_env if provider else None, os.environ)
+    except BatchstreamError:
+        return  # no key that can be used; whoever needs one will say so
+    if key is not None:
+        yield key.value
+
+
+def _declaration(option: Option) -> dict[str, Any]:
+    """The arguments of click.Option for one field."""
+    declaration: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    kind = _bare(option.type)
+    words = choices(option)
+    flags = option.flag.split("/")
+    if kind is bool:
+        declaration |= {"default": option.default, "metavar": None}
+        flags = _with_opposite(flags)
+    elif words is not None:
+        declaration |= {"type": click.Choice(words), "metavar": None}
+    elif get_origin(kind) is dict:
+        declaration |= {"type": Header() if get_args(kind)[1] is str else Pair(), "multiple": True}
+    elif get_origin(kind) is tuple:
+        declaration |= {"multiple": True}
+    elif kind in (int, float, str):
+        declaration |= {"type": kind}
+    else:
+        raise TypeError(f"no flag can be made of {option.name}: {option.type}")
+    if kind is not bool and not declaration.get("multiple") and option.default is not None:
+        declaration |= {"default": option.default, "show_default": True}
+    return {**declaration, "param_decls": [*flags, option.name]}
+
+
+def _with_opposite(flags: list[str]) -> list[str]:
+    """The flag as ``--x/--no-x``, so that the command line can also take back what a job file says."""
+    short = [flag for flag in flags if not flag.startswith("--")]
+    long = next(flag for flag in flags if flag.startswith("--"))
+    opposite = "--" + long.removeprefix("--no-") if long.startswith("--no-") else "--no-" + long.removeprefix("--")
+    return [*short, f"{long}/{opposite}"]
+
+
+def _bare(annotation: Any) -> Any:
+    """The annotation without its ``| None``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else annotation
+    return annotation

@@ -1,0 +1,174 @@
+"""`batchstream run`: the main job."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from batchstream.cli.options import JobCommand, job_of, job_params
+from batchstream.cli.voice import Voice, again, emit
+from batchstream.errors import StorageError, UsageError
+from batchstream.job import Job
+
+if TYPE_CHECKING:
+    from batchstream.engine.progress import Progress
+    from batchstream.figures.summary import Summary
+    from batchstream.records import Failure, Request
+    from batchstream.report.progress import Display
+    from batchstream.run import Report
+
+HELP = """Ask every row of SOURCE and keep every answer.
+
+SOURCE holds prompts (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, a folder or glob of them, - for stdin), or is a job file
+(.toml) that names them; flags win over what a job file says. Every answer is stored as it ends. The results file
+appears when every row has an outcome. The same command again resumes; when all is done, it sends nothing.
+"""
+
+EXAMPLES = """
+batchstream run prompts.jsonl -o results.jsonl
+batchstream run articles.parquet --template 'Summarise: {text}' --keep id,title
+batchstream run prompts.jsonl --provider openai --model gpt-4o-mini --param temperature=0 --concurrency 32
+batchstream run job.toml --rpm 30 --max-time 3600
+batchstream run prompts.jsonl --provider sim --sim ttft=0.2 --sim gap=0.01
+"""
+
+NOTES_MAX = 10_000
+"""Notes that may wait for a slow terminal before the newest are left out."""
+
+
+def _run(ctx: click.Context, source: str) -> int:
+    from batchstream.run import run
+    from batchstream.shard import Hooks
+
+    voice: Voice = ctx.obj
+    job = job_of(ctx, source)
+    _check_summary_path(job)
+    watch = Watch(job, voice)
+    report = run(job, watch=watch.during, hooks=Hooks(on_failure=watch.attempt_failed), handle_signals=True)
+    return conclude(job, report, voice)
+
+
+command = JobCommand(
+    "run",
+    help=HELP,
+    examples=EXAMPLES,
+    params=[click.Argument(["source"]), *job_params()],
+    callback=click.pass_context(lambda ctx, source, **_: _run(ctx, source)),
+)
+
+
+class Watch:
+    """What is shown while requests run: the display, and with -v a note on each failed attempt.
+
+    Notes are written from a thread: a terminal that is slow to take a line must not hold up the event loop.
+    """
+
+    def __init__(self, job: Job, voice: Voice) -> None:
+        self._job = job
+        self._voice = voice
+        self._notes: queue.Queue[tuple[str, dict[str, object]] | None] = queue.Queue()
+        self._left_out = 0
+
+    @contextmanager
+    def during(self, progress: Progress) -> Iterator[None]:
+        from os import environ
+
+        from batchstream.report.progress import display_for
+
+        job = self._job
+        display = display_for(
+            progress,
+            self._voice.stream,
+            environ=environ,
+            quiet=job.quiet,
+            live=not job.no_progress,
+            log_format=job.log_format,
+        )
+        with display:
+            writer = threading.Thread(target=self._write_notes, args=(display,), name="notes", daemon=True)
+            writer.start()
+            try:
+                yield
+            finally:
+                self._notes.put(None)
+                writer.join()
+
+    def attempt_failed(self, request: Request, failure: Failure, attempt: int) -> None:
+        """One attempt failed (`shard.Hooks`)."""
+        if not self._job.verbose or self._job.quiet:
+            return
+        if self._notes.qsize() >= NOTES_MAX:
+            self._left_out += 1
+            return
+        status = "" if failure.status is None else f" {failure.status}"
+        text = f"row {request.row} (id {request.id}), attempt {attempt}: {failure.kind}{status}: {failure.message}"
+        fields = {"row": request.row, "id": request.id, "attempt": attempt, **msgspec.structs.asdict(failure)}
+        self._notes.put((text, fields))
+
+    def _write_notes(self, display: Display) -> None:
+        while (note := self._notes.get()) is not None:
+            text, fields = note
+            if self._job.log_format == "json":
+                self._voice.event("attempt_failed", text, fields)
+            else:
+                display.note(self._voice.redact(text))
+        if self._left_out:
+            display.note(f"{self._left_out} more failed attempts were not shown: this terminal was too slow")
+
+
+def conclude(job: Job, report: Report, voice: Voice) -> int:
+    """Say how the run ended and write its summary. Returns the exit code."""
+    for warning in report.warnings:
+        voice.warning(warning)
+    code = report.exit_code
+    if report.summary is not None:
+        # An endpoint may have echoed the key in the message that stopped the run.
+        figures = msgspec.json.decode(voice.redact(msgspec.json.encode(report.summary).decode()), type=type(report.summary))
+        voice.summary(figures)
+        try:
+            _write_summary(job, report, figures)
+        except StorageError as error:
+            voice.warning(f"the summary could not be written: {error}")
+            code = code or error.exit_code
+    if code:
+        voice.error(again(report.message, code, "run"), code)
+    elif report.message != "finished":
+        voice.note(report.message)
+    return code
+
+
+def _write_summary(job: Job, report: Report, figures: Summary) -> None:
+    """OUT.summary.json, and what --summary-json asks for."""
+    from batchstream.files import fsio
+    from batchstream.report.text import summary_json
+
+    data = summary_json(figures)
+    beside = summary_path(report.output)
+    # A run that had nothing left to do knows less than the one before it, which knew its speed: keep that.
+    if figures.throughput.rows or report.stop is not None or not beside.exists():
+        fsio.replace_file(fsio.disk, beside, data)
+    if job.summary_json == "-":
+        try:
+            emit(data)
+        except BrokenPipeError:
+            pass  # nobody reads it any more; the run ended as it ended
+    elif job.summary_json is not None:
+        fsio.replace_file(fsio.disk, Path(job.summary_json), data)
+
+
+def summary_path(output: Path) -> Path:
+    """Where a run leaves its summary: OUT.summary.json."""
+    return output.with_name(output.name + ".summary.json")
+
+
+def _check_summary_path(job: Job) -> None:
+    """Before any money is spent."""
+    if job.summary_json not in (None, "-") and not Path(str(job.summary_json)).parent.is_dir():
+        raise UsageError(f"--summary-json {job.summary_json}: expected a file in a directory that exists")
