@@ -150,6 +150,10 @@ PATHS = ("input", "output", "api_key_file", "ca_file", "model_file", "spill_dir"
 """Options that are paths: in a job file they are relative to that file."""
 
 
+RIVALS = (("template", "prompt_column"), ("api_key_env", "api_key_file"), ("limit", "sample"))
+"""Options that exclude each other: one that overrides a job file puts out its rival there."""
+
+
 def load_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Job:
     """Read a job file (TOML); `overrides` (by field name) win over what it says.
 
@@ -177,7 +181,15 @@ def load_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
                 hint = f" (it belongs to {elsewhere[0]})" if elsewhere else nearest(key, list(names))
                 raise UsageError(f"{path}: [{section}] has no key {key!r}{hint}")
             values[names[key].name] = _relative(path, names[key].name, value)
-    return make_job({**values, **(overrides or {})}, where=str(path))
+    overrides = overrides or {}
+    for pair in RIVALS:
+        if not overrides.keys().isdisjoint(pair):
+            values = {name: value for name, value in values.items() if name not in pair}
+    for name, value in overrides.items():
+        mine = values.get(name)
+        # A table is overridden key by key: --param seed=1 leaves the file's temperature alone.
+        values[name] = {**mine, **value} if isinstance(mine, dict) and isinstance(value, dict) else value
+    return make_job(values, where=str(path))
 
 
 def make_job(values: Mapping[str, Any], where: str = "") -> Job:

@@ -31,10 +31,10 @@ Rows = AsyncIterator[list[Request | InvalidRow]]
 
 class Hooks(msgspec.Struct, frozen=True):
     """What a caller may listen to. `on_durable`: each result once it is on stable storage;
-    `on_failure`: each failed attempt, as it happens."""
+    `on_failure`: each failed attempt, as it happens, with its number among the row's (1 = the first)."""
 
     on_durable: Callable[[Result], None] | None = None
-    on_failure: Callable[[Request, Failure], None] | None = None
+    on_failure: Callable[[Request, Failure, int], None] | None = None
 
 
 class Control:
@@ -126,7 +126,7 @@ def runner_for(
     sink: Sink,
     progress: Progress,
     rpm: float | None,
-    on_failure: Callable[[Request, Failure], None] | None,
+    on_failure: Callable[[Request, Failure, int], None] | None,
 ) -> Runner:
     """A runner with the job's policy."""
     return Runner(

@@ -65,7 +65,7 @@ class Budget(msgspec.Struct, frozen=True):
 class Runner:
     """Runs rows through a client into a sink. One use; all methods on one event loop.
 
-    `on_failure(request, failure)` is told of every attempt that failed (for logs).
+    `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Runner:
         lane: Lane,
         breaker: Breaker,
         budget: Budget,
-        on_failure: Callable[[Request, Failure], None] | None = None,
+        on_failure: Callable[[Request, Failure, int], None] | None = None,
     ) -> None:
         self.stop_reason: Stop | None = None
         self._client = client
@@ -273,7 +273,7 @@ class Runner:
             self._lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
             progress.gate_until = self._lane.closed_until
         if self._on_failure is not None:
-            self._on_failure(course.request, failure)
+            self._on_failure(course.request, failure, len(course.retries) + 1)
 
     async def _park(self, course: Course, seconds: float) -> None:
         """Wait for a retry without holding a slot, then take one again."""
