@@ -238,9 +238,10 @@ async def test_a_broken_chunk_size_in_mid_stream_is_a_cut(path: str) -> None:
         await asyncio.sleep(5)
 
     async with serving(handler) as base:
-        reception, failure = await ask(base, path)
+        reception, failure = await ask(base, path, Limits(connect=5, first_output=1, idle=1))
     assert failure is not None
-    assert failure.kind == "truncated"
+    # aiohttp closes the connection but does not tell the reader of the body: there the limit has to.
+    assert failure.kind == ("truncated" if path == "fast" else "timeout")
     assert text_of(reception) == "Hel"
 
 
