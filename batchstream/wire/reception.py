@@ -1,0 +1,393 @@
+"""Receives one HTTP response as it arrives; it ends as a Completion or a Failure. Sans I/O.
+
+    bytes -> content coding -> SSE events -> documents -> assembler, with a stamp for each read
+
+The transport stamps each read with the clock and passes the stamp along; events of one read share it. The
+end is decided by meaning, not by the socket: `[DONE]`, the API's terminal event, an error or damage make the
+reception final at once; otherwise the end of the body decides between complete (every choice has a finish
+reason) and truncated. Nothing a server sends raises.
+
+Every 2xx response is read as a stream: the content type is not believed. A whole JSON body is JSON outside
+any SSE field, which the decoder reports too. Responses with another status are collected and classified.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from batchstream.records import Api, Completion, Delta, Failure
+from batchstream.wire.chat import ChoicesAssembler
+from batchstream.wire.coding import CodingError, ContentDecoder
+from batchstream.wire.faults import classify, failure, is_error
+from batchstream.wire.jsontext import is_cut, is_unusual, parse, text_of
+from batchstream.wire.messages import MessagesAssembler
+from batchstream.wire.parts import NOT_ORDINARY, VISIBLE, Assembler
+from batchstream.wire.payload import SENTINEL, DamagedError, documents
+from batchstream.wire.responses import ResponsesAssembler
+from batchstream.wire.sse import MAX_EVENT_BYTES, Event, SSEDecoder
+
+MAX_BODY_BYTES = 512 << 20
+MAX_ERROR_BYTES = 1 << 20
+"""Of the body of an error response, so much is read; what it says fits."""
+
+State = Literal["complete", "truncated", "error"]
+
+_OBJECT = re.compile(r'\s*(?:\[\s*)?\{\s*"')  # the beginning of a JSON object with a key
+
+_REQUEST_ID_HEADERS = (
+    "x-request-id", "request-id", "x-generation-id", "x-amzn-requestid", "apim-request-id",
+    "x-ms-request-id", "x-litellm-call-id", "x-trace-id", "cf-ray",
+)  # fmt: skip
+
+
+def assembler_for(api: Api, n: int | None, on_delta: Callable[[Delta], None] | None) -> Assembler:
+    """A fresh assembler of that API."""
+    if api == "responses":
+        return ResponsesAssembler(n, on_delta)
+    if api == "messages":
+        return MessagesAssembler(n, on_delta)
+    return ChoicesAssembler(n, on_delta)
+
+
+class Reception:
+    """One response of `api`. `n` is the number of choices asked for (None: unknown).
+
+    Instants are what `now` said, in seconds, or None: `headers_at`, `first_event_at` (first data event),
+    `first_output_at` (first with generated output), `first_visible_at` (first with output that is not reasoning),
+    `last_output_at`, `ended_at`. `chunks` counts events with generated output, `gap_max` is the longest wait
+    between two of them. `ttft_event` and `ttfo_event` are the 1-based ordinals of the first events with output
+    and with visible output. `final` means that nothing more needs to be read. `state` is None until then.
+
+    `lane="full"` keeps the fast lane shut (for tests); results are the same.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        *,
+        n: int | None = None,
+        on_delta: Callable[[Delta], None] | None = None,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        lane: Literal["auto", "full"] = "auto",
+    ) -> None:
+        self.headers_at: float | None = None
+        self.first_event_at: float | None = None
+        self.first_output_at: float | None = None
+        self.first_visible_at: float | None = None
+        self.last_output_at: float | None = None
+        self.ended_at: float | None = None
+        self.chunks = 0
+        self.gap_max: float | None = None
+        self.ttft_event: int | None = None
+        self.ttfo_event: int | None = None
+        self.status: int | None = None
+        self.headers: Sequence[tuple[str, str]] = ()
+        self.request_id: str | None = None
+        self.saw_done = False
+        self.final = False
+        self.state: State | None = None
+        self._failure: Failure | None = None
+        self._assembler = assembler_for(api, n, on_delta)
+        self._done_ends = api in ("chat", "completions")
+        self._fast = lane == "auto"
+        self._sse = SSEDecoder(documents=True, max_event_bytes=max_event_bytes)
+        self._max_event = max_event_bytes
+        self._max_body = max_body_bytes
+        self._coding: ContentDecoder | None = None
+        self._received = 0  # decoded bytes
+        self._events = 0  # payloads so far
+        self._streaming = False  # the status is 2xx
+        self._envelope: Any = None  # of an error response: the first document of its body
+        self._text: list[bytes] = []  # of an error response: its body
+        self._malformed = False
+
+    # What the transport tells
+
+    def head(self, status: int, headers: Sequence[tuple[str, str]], now: float) -> None:
+        """The response's status and headers (names in any case) have arrived."""
+        self.status = status
+        self.headers = headers
+        self.headers_at = now
+        self._streaming = 200 <= status < 300
+        fields = {name.lower(): value for name, value in reversed(headers)}
+        self.request_id = next((fields[name] for name in _REQUEST_ID_HEADERS if fields.get(name)), None)
+        coding = ContentDecoder(fields.get("content-encoding", ""))
+        self._coding = None if coding.identity else coding
+
+    def feed(self, data: bytes, now: float) -> bool:
+        """Bytes of the body have arrived. True: the response is final, nothing more needs to be read."""
+        if self.final:
+            return True
+        if self._coding is None:
+            self._decoded(data, now)
+        else:
+            self._encoded(self._coding.feed(data), now)
+        return self.final
+
+    def end(self, clean: bool, now: float, reason: str = "") -> None:
+        """The body has ended; not `clean` means that the connection was lost or the body is incomplete."""
+        if self.final:
+            return
+        if self._coding is not None:
+            self._encoded(self._coding.end(), now)
+        if not self.final:
+            self._pending(now)
+        if self.final:
+            return
+        if not self._streaming:
+            self._refused(now)
+            return
+        assembler = self._assembler
+        if assembler.started():
+            if assembler.finished():
+                self._finish("complete", None, now)
+            else:
+                self._finish("truncated", failure("truncated", self._how_it_ended(clean, reason)), now)
+            return
+        self._nothing_came(clean, reason, now)
+
+    def outcome(self) -> tuple[Completion | None, Failure | None]:
+        """The completion (partial with a failure; None if nothing came) and the failure, None if complete.
+
+        Asked before the end, the response counts as truncated.
+        """
+        if self.state is None:
+            cut = None if self._assembler.finished() else failure("truncated", "the response had not ended")
+            return self._assembler.completion(), cut
+        if self.status is not None and not self._streaming:
+            return None, self._failure
+        return self._assembler.completion(), self._failure
+
+    # Bytes to events
+
+    def _encoded(self, pieces: Iterator[bytes], now: float) -> None:
+        try:
+            for piece in pieces:
+                self._decoded(piece, now)
+                if self.final:
+                    return
+        except CodingError as error:
+            if self._streaming:
+                self._finish("error", failure("decode", str(error)), now)
+            else:
+                self._refused(now)  # the status still tells what is wrong
+
+    def _decoded(self, data: bytes, now: float) -> None:
+        self._received += len(data)
+        if self._streaming:
+            self._take(self._sse.feed(data), now)
+            if self.final:
+                return
+            if self._sse.overflow:
+                self._finish("error", failure("decode", f"an event is larger than {self._max_event} bytes"), now)
+            elif self._received > self._max_body:
+                self._finish("error", failure("decode", f"the body is larger than {self._max_body} bytes"), now)
+            return
+        self._text.append(data)
+        self._take_refusal(self._sse.feed(data), now)
+        if not self.final and (self._received > MAX_ERROR_BYTES or self._sse.overflow):
+            self._refused(now)
+
+    def _take(self, events: list[Event], now: float) -> None:
+        """Events of one read. The ordinary one goes down the fast lane; the rest is `_payload`'s."""
+        quick = self._assembler.quick
+        for event in events:
+            data = event.data
+            if self._fast and event.origin == "data" and event.type != "error":
+                brought = quick(data)
+                if brought != NOT_ORDINARY:
+                    self._events += 1
+                    if brought:
+                        self._output(brought, now)
+                    elif self.first_event_at is None:
+                        self.first_event_at = now
+                    continue
+            self._payload(event, now)
+            if self.final:
+                return
+
+    def _output(self, brought: int, now: float) -> None:
+        """An event with generated output."""
+        last = self.last_output_at
+        if last is None:
+            self.first_output_at = now
+            self.ttft_event = self._events
+            if self.first_event_at is None:
+                self.first_event_at = now
+        elif self.gap_max is None or now - last > self.gap_max:
+            self.gap_max = now - last
+        self.last_output_at = now
+        self.chunks += 1
+        if self.first_visible_at is None and brought == VISIBLE:
+            self.first_visible_at = now
+            self.ttfo_event = self._events
+
+    # Events to meaning
+
+    def _payload(self, event: Event, now: float, *, pending: bool = False) -> None:
+        """One event, in full. `pending`: its block was never closed, so what is no JSON is a cut."""
+        text = text_of(event.data)
+        is_data = event.origin == "data"
+        if is_data and self.first_event_at is None and not pending:
+            self.first_event_at = now
+        try:
+            found = documents(text)
+        except DamagedError as damage:
+            self._broken(event, text, damage.before, now, pending=pending)
+            return
+        if not found:
+            self._events += is_data
+            if event.type == "error" and is_data and not pending:
+                self._fault(None, text, now)
+            elif event.origin == "error":
+                self._fault({"error": _value(text)}, text, now)
+            return
+        self._documents(found, event, now)
+
+    def _documents(self, found: list[Any], event: Event, now: float) -> None:
+        if is_unusual(event.data):
+            self._assembler.unusual = True
+        for document in found:
+            self._events += event.origin == "data"
+            if document is SENTINEL:
+                self._sentinel(now)
+            elif event.origin == "error":
+                self._fault({"error": document}, "", now)
+            else:
+                for item in document if isinstance(document, list) else [document]:
+                    if not self.final:
+                        self._document(item, event, now)
+            if self.final:
+                return
+
+    def _document(self, document: Any, event: Event, now: float) -> None:
+        """One parsed document: what it adds to the answer first, then the error it may carry."""
+        assembler = self._assembler
+        is_data = event.origin == "data"
+        name = event.type if is_data else ""
+        wrong = is_error(document, name)
+        if isinstance(document, dict) and not (wrong and "choices" not in document):
+            brought = assembler.add(document, name)
+            if not is_data and brought and not assembler.was_whole:
+                is_data = True  # a delta without `data:` counts as an event
+                self._events += 1
+                if self.first_event_at is None:
+                    self.first_event_at = now
+            if brought and is_data:
+                self._output(brought, now)
+            elif not is_data and not brought and not assembler.was_whole:
+                self._sse.junk = True
+        if wrong:
+            self._fault(document, "", now)
+        elif assembler.error is not None:
+            self._fault(assembler.error, "", now)
+        elif assembler.ended or (not is_data and not self._events and assembler.was_whole and assembler.finished()):
+            self._finish("complete", None, now)
+
+    def _sentinel(self, now: float) -> None:
+        self.saw_done = True
+        if not self._done_ends and not self._assembler.finished():
+            return  # a gateway's habit; the API's own terminal event is what counts
+        if self._assembler.started():
+            self._finish("complete", None, now)
+        else:
+            self._finish("error", failure("empty_stream", "the stream held [DONE] and no choice"), now)
+
+    def _fault(self, envelope: Any, text: str, now: float) -> None:
+        self._finish("error", classify(None, self.headers, envelope, text), now)
+
+    def _broken(self, event: Event, text: str, before: list[Any], now: float, *, pending: bool) -> None:
+        """A payload that begins like JSON and is none. At the end of the body, that is a cut."""
+        if event.origin == "document" and not _OBJECT.match(text):
+            self._sse.junk = True  # a line that happens to begin with a bracket
+            self._malformed |= text.startswith("{")
+            return
+        self._documents(before, event, now)
+        if self.final:
+            return
+        self._events += event.origin == "data"
+        if pending:
+            self._malformed |= event.origin == "document" and not is_cut(text)
+        elif event.type == "error" and event.origin == "data":
+            self._fault(None, text, now)
+        elif event.origin == "error":
+            self._fault({"error": text}, text, now)
+        else:
+            self._finish("error", failure("decode", f"a payload is not JSON, text is lost: {_excerpt(text)}"), now)
+
+    def _pending(self, now: float) -> None:
+        """What the decoder still holds at the end of the body."""
+        events = self._sse.end()
+        if not self._streaming:
+            self._take_refusal(events, now)
+            return
+        for event in events:
+            if not self.final:
+                self._payload(event, now, pending=True)
+
+    # Ends
+
+    def _nothing_came(self, clean: bool, reason: str, now: float) -> None:
+        """The body ended without any choice."""
+        if self._malformed:
+            kind, message = "decode", "the body begins like JSON and is none"
+        elif self._sse.junk and not self._events:
+            kind, message = "not_sse", "the body is no event stream and no completion"
+        else:
+            kind, message = "empty_stream", "the response held no choice"
+        lost = "" if clean else f" ({reason or 'the connection was lost'})"
+        self._finish("error", failure(kind, message + lost), now)
+
+    def _how_it_ended(self, clean: bool, reason: str) -> str:
+        how = (
+            "the stream ended"
+            if clean
+            else f"the connection was lost ({reason})"
+            if reason
+            else "the connection was lost"
+        )
+        return f"{how} without [DONE] or a finish reason, after {self.chunks} chunks"
+
+    def _finish(self, state: State, cause: Failure | None, now: float) -> None:
+        self.state = state
+        self._failure = cause
+        self.final = True
+        self.ended_at = now
+
+    # Responses that are no success
+
+    def _take_refusal(self, events: list[Event], now: float) -> None:
+        """Documents in the body of an error response. The first that is an error settles it."""
+        for event in events:
+            try:
+                found = documents(text_of(event.data))
+            except DamagedError as damage:
+                found = damage.before
+            for document in found:
+                if document is SENTINEL:
+                    continue
+                if self._envelope is None:
+                    self._envelope = document
+                if event.origin != "data" or is_error(document, event.type):
+                    self._envelope = {"error": document} if event.origin == "error" else document
+                    self._refused(now)
+                    return
+
+    def _refused(self, now: float) -> None:
+        body = b"".join(self._text)
+        self._finish("error", classify(self.status, self.headers, self._envelope, text_of(body[:MAX_ERROR_BYTES])), now)
+
+
+def _value(text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError:
+        return text
+
+
+def _excerpt(text: str) -> str:
+    line = " ".join(text[:200].split())
+    return line if len(line) <= 80 else line[:80] + "…"
