@@ -22,7 +22,7 @@ import msgspec
 
 import batchstream
 from batchstream.connect import Plan, opened, plan
-from batchstream.engine.gauges import Gauges
+from batchstream.engine.gauges import Gauges, quiet_gc
 from batchstream.engine.progress import Progress
 from batchstream.engine.runner import Stop
 from batchstream.errors import InputError, LockedError, UsageError
@@ -208,7 +208,7 @@ class _Run:
             async with opened(job, self._plan) as target:
                 gauges.start()
                 try:
-                    with self._watch(self.progress):
+                    with quiet_gc(), self._watch(self.progress):
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             self.progress, self._control, self._hooks, rpm=self._plan.rpm,
@@ -274,7 +274,7 @@ class _Run:
             output=str(self._out),
             journal=str(journal.path),
             pending=pending,
-            resumed=journal.recovered.ok,
+            resumed=journal.recovered.ok + (0 if self._job.retry_failed else journal.recovered.failed),
             skipped=self._skipped,
             asked_again=journal.recovered.asked_again,
             duplicates=stored.duplicates,

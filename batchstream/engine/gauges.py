@@ -10,6 +10,8 @@ import gc
 import resource
 import time
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from batchstream.figures.evidence import Evidence
@@ -84,6 +86,21 @@ class Gauges:
             pause = now - self._gc_started
             self._gc_total += pause
             self._gc_max = max(self._gc_max, pause)
+
+
+@contextmanager
+def quiet_gc() -> Iterator[None]:
+    """Rare garbage collections while requests run: what was made before is left alone, and a collection
+    waits for 50,000 new objects. Pauses would stand in somebody's TTFT. Restored on leaving."""
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _cpu() -> float:
