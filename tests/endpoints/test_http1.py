@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def read_all(pieces: list[bytes]) -> list[HttpRequest]:
 def test_pipelined_requests_are_the_same_at_every_cut(cuts: list[int]) -> None:
     data = PLAIN + CHUNKED + BARE
     places = [0, *sorted(cuts), len(data)]
-    pieces = [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [data[start:end] for start, end in pairwise(places)]
     plain, chunked, bare = read_all(pieces)
     assert (plain.method, plain.target, plain.query, plain.body) == ("POST", "/v1/x", "a=1", b"hello")
     assert plain.headers == {"host": "sim", "content-length": "5"}
