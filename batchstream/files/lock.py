@@ -59,9 +59,11 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
         text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode()
         disk.truncate(fd, 0)
         fsio.write_all(disk, fd, text)
-    except OSError as error:
+    except BaseException as error:
         holder = os.pread(fd, 500, 0).decode("utf-8", "replace").strip()
         disk.close(fd)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise LockedError(
                 f"{out}: another run holds this job ({holder or 'it has not said who it is'}); "
