@@ -218,7 +218,7 @@ class Runner:
             self._refused.append((course, attempt))
             if (reason := self._breaker.account(failure)) is not None:
                 self.stop(Stop("account", reason))
-        elif self._policy.too_long(failure):
+        elif self._breaker.enabled and self._policy.too_long(failure):
             self._sink.gave_up(course.request, maybe_billed=False)
             asked = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait"
             self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}: {failure.message}"))

@@ -25,8 +25,8 @@ _UNCOUNTED = frozenset({"rate_limit"})
 
 
 class RetryPolicy(msgspec.Struct, frozen=True):
-    """`max_attempts` counts attempts that did not fail for a rate limit; `max_wait` is the longest
-    wait in seconds that a server may ask for."""
+    """`max_attempts` counts attempts that did not fail for a rate limit (1 means: each row is asked once,
+    whatever comes); `max_wait` is the longest wait in seconds that a server may ask for."""
 
     max_attempts: int = 5
     max_wait: float = 300.0
@@ -37,7 +37,7 @@ class RetryPolicy(msgspec.Struct, frozen=True):
         `waited_for_limit`: seconds this row has already waited for rate limits.
         """
         last = failures[-1]
-        if not last.retryable or self.too_long(last):
+        if not last.retryable or self.too_long(last) or self.max_attempts == 1:
             return False
         if last.kind in _UNCOUNTED:
             return waited_for_limit < RATE_LIMIT_PATIENCE_S

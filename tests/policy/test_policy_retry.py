@@ -28,6 +28,10 @@ def test_rate_limits_do_not_eat_attempts() -> None:
     assert not policy.may_retry([failure("server"), *[failure("rate_limit")] * 50, failure("server")], 0.0)
 
 
+def test_one_attempt_means_one_request_even_for_a_rate_limit() -> None:
+    assert not RetryPolicy(max_attempts=1).may_retry([failure("rate_limit")], 0.0)
+
+
 def test_a_row_does_not_wait_for_a_rate_limit_forever() -> None:
     assert not RetryPolicy().may_retry([failure("rate_limit")], RATE_LIMIT_PATIENCE_S)
 
