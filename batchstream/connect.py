@@ -33,8 +33,9 @@ class Plan(msgspec.Struct, frozen=True):
     rpm: float | None
 
 
-def plan(job: Job) -> Plan:
-    """Raises UsageError for what makes no sense, StoppedError when the key is not there."""
+def plan(job: Job, *, with_key: bool = True) -> Plan:
+    """Raises UsageError for what makes no sense, StoppedError when the key is not there (`with_key` False: looks for
+    none, for those who only want to check the rest)."""
     if job.base_url is not None:
         _check_url(job.base_url)
     provider = find(job.provider or DEFAULT) if job.base_url is None or job.provider else _stranger(job.base_url)
@@ -49,7 +50,7 @@ def plan(job: Job) -> Plan:
         label=job.base_url or provider.base_url or provider.name,
         api=job.api or provider.api,
         model=job.model or provider.default_model,
-        key=find_key(job.api_key_env, job.api_key_file, provider.key_env),
+        key=find_key(job.api_key_env, job.api_key_file, provider.key_env) if with_key else None,
         rpm=job.rpm or provider.limits.rpm,
     )
 

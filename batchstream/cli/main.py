@@ -65,7 +65,9 @@ class Commands(click.Group):
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             ctx.fail(f"expected one of the commands {', '.join(COMMANDS)}, got {args[0]!r}{hint}")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        ctx.obj.command = found[0]
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -135,7 +137,11 @@ def _settled(args: list[str], voice: Voice) -> int:
 
 def _usage(error: click.ClickException) -> str:
     """click's message as one line of ours."""
-    text = error.format_message().rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        close = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
+        text = f"no such option {error.option_name}" + (f" (did you mean {close[0]}?)" if close else "")
+    else:
+        text = error.format_message().rstrip(".")
     text = text[:1].lower() + text[1:]
     ctx = getattr(error, "ctx", None)
     return f"{text}; see {ctx.command_path} --help" if ctx is not None else text

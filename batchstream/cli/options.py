@@ -30,31 +30,34 @@ TITLES = {
 }
 
 
-class Pair(click.ParamType[tuple[str, Any]]):
-    """``K=V``; V is JSON where it parses (0.5, true, ["a"]), else text."""
-
-    name = "K=V"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        name, equals, text = str(value).partition("=")
+def _pairs(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+    """``K=V`` words as a dictionary; V is JSON where it parses (0.5, true, ["a"]), else text."""
+    found: dict[str, Any] = {}
+    for word in texts:
+        name, equals, text = word.partition("=")
         if not equals or not name.strip():
-            self.fail(f"expected NAME=VALUE, got {value!r}", param, ctx)
+            raise click.BadParameter(f"expected NAME=VALUE, got {word!r}", ctx, param)
         try:
-            return name.strip(), msgspec.json.decode(text)
+            found[name.strip()] = msgspec.json.decode(text)
         except msgspec.DecodeError:
-            return name.strip(), text
+            found[name.strip()] = text
+    return found
 
 
-class Header(click.ParamType[tuple[str, str]]):
-    """``NAME: VALUE``. The value may be secret and is never repeated."""
-
-    name = "NAME: VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        name, colon, text = str(value).partition(":")
+def _headers(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """``NAME: VALUE`` words as a dictionary. A value may be secret and is never repeated."""
+    found = {}
+    for word in texts:
+        name, colon, text = word.partition(":")
         if not colon or not name.strip():
-            self.fail("expected 'NAME: VALUE'", param, ctx)
-        return name.strip(), text.strip()
+            raise click.BadParameter("expected 'NAME: VALUE'", ctx, param)
+        found[name.strip()] = text.strip()
+    return found
+
+
+def _words(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[str]:
+    """Words with commas, the option repeated or not, as one list."""
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
 
 
 class JobOption(click.Option):
@@ -92,18 +95,11 @@ def job_params(chosen: Callable[[Option], bool] = lambda option: True) -> list[c
 def given(ctx: click.Context) -> dict[str, Any]:
     """The values of the job's options that stand on the command line, by field name."""
     known = options()
-    found: dict[str, Any] = {}
-    for name, value in ctx.params.items():
-        if name not in known or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        kind = get_origin(known[name].type)
-        if kind is dict:
-            found[name] = dict(value)
-        elif kind is tuple:
-            found[name] = [part.strip() for text in value for part in text.split(",") if part.strip()]
-        else:
-            found[name] = value
-    return found
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if name in known and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
 
 
 def job_of(ctx: click.Context, source: str) -> Job:
@@ -120,7 +116,7 @@ def job_of(ctx: click.Context, source: str) -> Job:
 def attune(ctx: click.Context, job: Job) -> None:
     """Let the voice speak as the job says, and never say its key."""
     voice: Voice = ctx.obj
-    voice.log_format, voice.quiet, voice.command = job.log_format, job.quiet, ctx.info_name
+    voice.log_format, voice.quiet = job.log_format, job.quiet
     for secret in _secrets(job):
         voice.hide(secret)
 
@@ -150,9 +146,9 @@ def _declaration(option: Option) -> dict[str, Any]:
     elif words is not None:
         declaration |= {"type": click.Choice(words), "metavar": None}
     elif get_origin(kind) is dict:
-        declaration |= {"type": Header() if get_args(kind)[1] is str else Pair(), "multiple": True}
+        declaration |= {"callback": _headers if get_args(kind)[1] is str else _pairs, "multiple": True}
     elif get_origin(kind) is tuple:
-        declaration |= {"multiple": True}
+        declaration |= {"callback": _words, "multiple": True}
     elif kind in (int, float, str):
         declaration |= {"type": kind}
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,8 @@ def conclude(job: Job, report: Report, voice: Voice) -> int:
     code = report.exit_code
     if report.summary is not None:
         # An endpoint may have echoed the key in the message that stopped the run.
-        figures = msgspec.json.decode(voice.redact(msgspec.json.encode(report.summary).decode()), type=type(report.summary))
+        said = voice.redact(msgspec.json.encode(report.summary).decode())
+        figures = msgspec.json.decode(said, type=type(report.summary))
         voice.summary(figures)
         try:
             _write_summary(job, report, figures)
@@ -155,10 +156,8 @@ def _write_summary(job: Job, report: Report, figures: Summary) -> None:
     if figures.throughput.rows or report.stop is not None or not beside.exists():
         fsio.replace_file(fsio.disk, beside, data)
     if job.summary_json == "-":
-        try:
+        with suppress(BrokenPipeError):  # nobody reads it any more; the run ended as it ended
             emit(data)
-        except BrokenPipeError:
-            pass  # nobody reads it any more; the run ended as it ended
     elif job.summary_json is not None:
         fsio.replace_file(fsio.disk, Path(job.summary_json), data)
 

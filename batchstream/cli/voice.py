@@ -95,6 +95,12 @@ class Voice:
 
         self._write(self.redact(render_summary(figures, columns(self._stream), self.colour)))
 
+    def aside(self, text: str) -> None:
+        """A piece of running text (a model's reasoning), dimmed on a terminal; nothing in a log of JSON lines."""
+        if self.log_format == "text":
+            text = "\n".join(one_line(line) for line in text.split("\n"))
+            self._write(self.redact(f"\x1b[2m{text}\x1b[0m" if self.colour else text))
+
     def bug(self, error: BaseException) -> None:
         """A traceback, for it is ours to mend, and the one line that asks for it."""
         for name, value in os.environ.items():

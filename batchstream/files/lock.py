@@ -8,6 +8,7 @@ two processes lock two different files of one name). Its text only serves to nam
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -71,3 +72,22 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
             ) from None
         raise fsio.storage_error(directory / "LOCK", error) from error
     return Lock(directory, fd, disk)
+
+
+def holder(directory: Path) -> str | None:
+    """Who runs the job with this state directory just now ("" when it has not said), None when nobody does.
+
+    Looks by taking a shared lock for an instant: nothing is created or changed, and only a run that starts within that
+    instant could be told to come later.
+    """
+    try:
+        fd = os.open(directory / "LOCK", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None  # nothing was ever run here, or it is not ours to see
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 500, 0).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
+    return None

@@ -1,0 +1,117 @@
+"""`batchstream report`: the figures of a job, made from its journal, whether it finished, stopped or still runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from batchstream.cli.voice import Voice, columns, emit
+
+if TYPE_CHECKING:
+    from batchstream.figures.summary import Summary
+
+HELP = """Show the figures of the jobs with the results files OUT…, made from their journals.
+
+The jobs may have finished, have been stopped, or run at this moment: nothing is locked or changed. Where a run has left
+its OUT.summary.json, times and the client's own evidence are taken from there.
+"""
+
+EXAMPLES = """
+batchstream report results.jsonl
+batchstream report results.jsonl --format json
+batchstream report monday.jsonl tuesday.jsonl --format markdown
+batchstream report results.jsonl --salvage
+"""
+
+
+@click.command(
+    "report",
+    help=HELP,
+    epilog="\b\nExamples:" + EXAMPLES.rstrip().replace("\n", "\n  "),
+)
+@click.argument("out", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json", "markdown"]),
+    default="text",
+    show_default=True,
+    help="json: one object for each OUT.",
+)
+@click.option("--salvage", is_flag=True, help="Pass over damage in a journal and count what is left.")
+@click.pass_obj
+def command(voice: Voice, out: tuple[Path, ...], style: str, salvage: bool) -> None:
+    from batchstream.report.text import render_markdown, render_summary, summary_json
+
+    for number, path in enumerate(out):
+        figures = figures_of(path, voice, salvage=salvage)
+        if style == "json":
+            emit(summary_json(figures))
+            continue
+        gap = "\n" if number else ""
+        if style == "markdown":
+            emit((gap + render_markdown(figures)).encode())
+        else:
+            colour = voice.colour and sys.stdout.isatty()
+            emit((gap + render_summary(figures, columns(sys.stdout), colour)).encode())
+
+
+def figures_of(out: Path, voice: Voice, *, salvage: bool = False) -> Summary:
+    """Count what the journal of `out` holds (without one: the results file itself).
+
+    Raises InputError when there is neither, DamagedError unless `salvage`.
+    """
+    from batchstream.figures.summary import Run, Tally, summary
+    from batchstream.files.lock import journal_path
+    from batchstream.files.results import read_journal, read_results
+
+    directory = out if out.is_dir() else journal_path(out)
+    left = _left_by_a_run(directory)
+    tally = Tally(since=left.run.started_at if left is not None else None)
+    facts = Run(output=str(out) if out.is_file() else None)
+    rows: Iterable[bytes]
+    if directory.is_dir():
+        stored = read_journal(directory, salvage=salvage)
+        rows = (line for _, line in stored.results())
+        facts = msgspec.structs.replace(
+            facts, journal=str(directory), asked_again=stored.asked_again, duplicates=stored.duplicates
+        )
+        _tell_state(directory, stored.skipped_records, voice)
+    else:
+        rows = read_results(out)
+    for row in rows:
+        tally.add(row)
+    if left is None or (left.rows.ok, left.rows.failed) != (tally.ok, tally.rows - tally.ok):
+        return summary(tally, facts)
+    # The run that knew the clock has counted the same rows.
+    there = {name: value for name in ("output", "journal") if (value := getattr(facts, name)) is not None}
+    return summary(tally, msgspec.structs.replace(left.run, **there), left.evidence)
+
+
+def _left_by_a_run(directory: Path) -> Summary | None:
+    """OUT.summary.json beside a journal OUT.journal; None where there is none of this version."""
+    from batchstream.figures.summary import SCHEMA, Summary
+
+    path = directory.with_name(directory.name.removesuffix(".journal") + ".summary.json")
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Summary)
+    except (OSError, msgspec.DecodeError):
+        return None  # it only adds to what the journal says
+    return found if found.schema == SCHEMA else None
+
+
+def _tell_state(directory: Path, skipped: int, voice: Voice) -> None:
+    from batchstream.files.lock import holder
+    from batchstream.files.manifest import load_final
+
+    if (by := holder(directory)) is not None:
+        voice.note(f"{directory}: still running ({by}); these are the figures so far")
+    elif load_final(directory) is None:
+        voice.note(f"{directory}: not finished; the same command resumes it")
+    if skipped:
+        voice.warning(f"{directory}: {skipped:,} damaged records were passed over")
