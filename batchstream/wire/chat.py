@@ -101,7 +101,6 @@ class ChoicesAssembler:
         self.error: Any = None
         self.ended = False
         self.was_whole = False
-        self.unusual = False
         self._n = n
         self._emit = Emitter(on_delta) if on_delta is not None else None
         self._slots: dict[int, Slot] = {}
@@ -332,15 +331,14 @@ class ChoicesAssembler:
     def completion(self) -> Completion | None:
         if not (self._slots or self._usage or self._id):
             return None
-        usage = storable(self._usage) if self.unusual else self._usage
-        extra = storable(self._extra) if self.unusual else dict(self._extra)
+        usage = storable(self._usage) if self._usage else None
         return Completion(
-            choices=[self._slots[index].record(self.unusual) for index in sorted(self._slots)],
+            choices=[self._slots[index].record() for index in sorted(self._slots)],
             usage=normalise_usage(usage) if usage else None,
             raw_usage=usage,
             model=whole(self._model) or None,
             response_id=whole(self._id) or None,
-            extra=extra or None,
+            extra=storable(dict(self._extra)) if self._extra else None,
         )
 
 

@@ -1,7 +1,10 @@
 """JSON as servers really send it: read leniently, find where a document ends, keep only what can be stored.
 
 Lenient means: NaN and Infinity, raw control characters, duplicate keys (the last wins) and numbers of
-any size are accepted; malformed UTF-8 becomes U+FFFD. Nothing but `ValueError` leaves `loads`.
+any size are accepted; malformed UTF-8 becomes U+FFFD. Nothing but `ValueError` leaves `parse`.
+
+Strict JSON, which is nearly all there is, goes through msgspec; what msgspec refuses goes to the lenient
+parser of the standard library. On strict JSON both give the same objects.
 """
 
 from __future__ import annotations
@@ -10,22 +13,20 @@ import json
 import re
 from typing import Any
 
-_INT_LIMIT = 2**63  # integers beyond 64 bits cannot be written to Parquet or by msgspec: they become floats
-_LONG_DIGITS = re.compile(r"\d{19}")
+import msgspec
+
 _DEPTH_LIMIT = 64  # containers nested deeper than this hold no answer
-_BRACKETS_WORTH_A_LOOK = 64
+_HEADROOM = 200  # more nesting that must still be writable, for the callers' own stack
 
-_decoder = json.JSONDecoder(strict=False)
-
-
-def _bounded_int(digits: str) -> int | float:
-    if len(digits) > 20:
-        return float(digits)
-    value = int(digits)
-    return value if -_INT_LIMIT <= value < _INT_LIMIT else float(value)
+_strict = msgspec.json.Decoder().decode
 
 
-_big_number_decoder = json.JSONDecoder(strict=False, parse_int=_bounded_int)
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)  # Python refuses longer integers
+
+
+_lenient = json.JSONDecoder(strict=False)
+_any_number = json.JSONDecoder(strict=False, parse_int=_number)
 
 
 def text_of(data: bytes) -> str:
@@ -33,19 +34,21 @@ def text_of(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
-def loads(text: str) -> Any:
-    """The JSON document that `text` is. Raises ValueError (a JSONDecodeError tells where) if it is none."""
-    return _lenient(text).decode(text)
-
-
-def _lenient(text: str) -> json.JSONDecoder:
-    return _big_number_decoder if _LONG_DIGITS.search(text) else _decoder
-
-
-def parse(text: str) -> Any:
-    """Like `loads`, with nesting too deep for the interpreter reported as ValueError too."""
+def parse(text: str | bytes) -> Any:
+    """The JSON document that `text` is. Raises ValueError if it is none, or is nested too deeply to read."""
     try:
-        return loads(text)
+        return _strict(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _parse_leniently(text if isinstance(text, str) else text_of(text))
+
+
+def _parse_leniently(text: str) -> Any:
+    try:
+        return _lenient.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _any_number.decode(text)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
 
@@ -53,33 +56,36 @@ def parse(text: str) -> Any:
 def is_cut(text: str) -> bool:
     """Whether `text` is no JSON document merely because its end is missing."""
     try:
-        loads(text)
+        _parse_leniently(text)
     except json.JSONDecodeError as error:
         return error.pos >= len(text.rstrip()) - 8 or error.msg.startswith("Unterminated string")
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return False
 
 
-def is_unusual(payload: bytes) -> bool:
-    """Whether values from `payload` must pass `storable` before they are kept."""
-    return (
-        b"\\ud" in payload or b"\\uD" in payload or payload.count(b"[") + payload.count(b"{") > _BRACKETS_WORTH_A_LOOK
-    )
+def storable(value: Any) -> Any:
+    """`value` if it can be written as JSON; else a copy that can: unpaired surrogates replaced by U+FFFD, and what
+    is nested absurdly deep left out."""
+    guarded = value
+    for _ in range(_HEADROOM):
+        guarded = [guarded]
+    try:
+        msgspec.json.encode(guarded)
+    except (UnicodeError, RecursionError, ValueError, OverflowError):
+        return _repaired(value, 0)
+    return value
 
 
-def storable(value: Any, depth: int = 0) -> Any:
-    """`value` with unpaired surrogates replaced by U+FFFD and what is nested absurdly deep left out."""
+def _repaired(value: Any, depth: int) -> Any:
     if isinstance(value, str):
         return whole(value)
+    if isinstance(value, dict | list) and depth >= _DEPTH_LIMIT:
+        return None
     if isinstance(value, dict):
-        if depth >= _DEPTH_LIMIT:
-            return None
-        return {whole(key): storable(item, depth + 1) for key, item in value.items()}
+        return {whole(key): _repaired(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        if depth >= _DEPTH_LIMIT:
-            return None
-        return [storable(item, depth + 1) for item in value]
+        return [_repaired(item, depth + 1) for item in value]
     return value
 
 

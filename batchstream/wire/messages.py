@@ -91,7 +91,6 @@ class MessagesAssembler:
         self.error: Any = None
         self.ended = False
         self.was_whole = False
-        self.unusual = False
         self._emit = Emitter(on_delta) if on_delta is not None else None
         self._slot = Slot(0)
         self._begun = False
@@ -278,14 +277,14 @@ class MessagesAssembler:
         slot.extra.pop("content", None)
         if any(self._is_more(block) for block in self._blocks):
             merge(slot.extra, "content", [block.body() for block in self._blocks])
-        usage = storable(self._usage) if self.unusual else self._usage
+        usage = storable(self._usage) if self._usage else None
         return Completion(
-            choices=[slot.record(self.unusual)] if self._begun else [],
+            choices=[slot.record()] if self._begun else [],
             usage=normalise_usage(usage) if usage else None,
             raw_usage=usage,
             model=whole(self._model) or None,
             response_id=whole(self._id) or None,
-            extra=(storable(self._extra) if self.unusual else dict(self._extra)) or None,
+            extra=storable(dict(self._extra)) if self._extra else None,
         )
 
     def _is_more(self, block: _Block) -> bool:

@@ -29,14 +29,12 @@ class Assembler(Protocol):
     """Assembles the payloads of one response.
 
     `error` is the envelope of an error that ended the response, or None; `ended` turns True at the API's
-    terminal event; `was_whole` tells whether the last payload was a whole answer rather than a delta;
-    `unusual` says that values must be made storable (see `jsontext.is_unusual`).
+    terminal event; `was_whole` tells whether the last payload was a whole answer rather than a delta.
     """
 
     error: Any
     ended: bool
     was_whole: bool
-    unusual: bool
 
     def quick(self, payload: bytes) -> int:
         """Take `payload` if it is an ordinary delta: what it brought, or NOT_ORDINARY and nothing is changed."""
@@ -302,18 +300,14 @@ class Slot:
         self.logprobs: list[Any] | None = None
         self.extra: dict[str, Any] = {}
 
-    def record(self, unusual: bool) -> Choice:
-        """The choice as it stands. `unusual`: values of `extra` and `logprobs` must be made storable."""
+    def record(self) -> Choice:
+        """The choice as it stands."""
         extra = dict(self.extra)
         if self.function_call is not None:
             call = self.function_call.record()
             extra["function_call"] = {"name": call.function.name, "arguments": call.function.arguments}
         if self.audio:
             extra["audio"] = {k: "".join(v) if isinstance(v, list) else v for k, v in self.audio.items()}
-        logprobs = self.logprobs
-        if unusual:
-            extra = storable(extra)
-            logprobs = storable(logprobs)
         return Choice(
             index=self.index,
             text=joined(self.content),
@@ -321,6 +315,6 @@ class Slot:
             refusal=joined(self.refusal),
             tool_calls=self.calls.records(),
             finish_reason=whole(self.finish_reason) if self.finish_reason else None,
-            logprobs=logprobs,
-            extra=extra or None,
+            logprobs=storable(self.logprobs) if self.logprobs else None,
+            extra=storable(extra) if extra else None,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from batchstream.wire.jsontext import parse
+from batchstream.wire.jsontext import parse, text_of
 
 SENTINEL: Literal["[DONE]"] = "[DONE]"
 """Stands for the end sentinel in a list of documents."""
@@ -26,17 +26,22 @@ def is_sentinel(text: str) -> bool:
 class DamagedError(ValueError):
     """A payload begins like JSON and is none. `before` are the whole documents in front of the damage."""
 
-    def __init__(self, text: str, before: list[Any]) -> None:
-        super().__init__(text)
+    def __init__(self, before: list[Any]) -> None:
+        super().__init__("no JSON")
         self.before = before
 
 
-def documents(text: str) -> list[Any]:
+def documents(data: bytes) -> list[Any]:
     """The documents of a payload in order: parsed JSON containers, or SENTINEL; noise is left out.
 
     Raises DamagedError.
     """
-    text = _peeled(text)
+    if data.startswith(b"{"):
+        try:
+            return [parse(data)]
+        except ValueError:
+            pass
+    text = _peeled(text_of(data))
     if not text:
         return []
     if is_sentinel(text):
@@ -75,7 +80,7 @@ def _line_by_line(text: str) -> list[Any]:
         document = found[place]
         if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
             return [*found[:damaged_at], document]
-    raise DamagedError(text, found[:damaged_at])
+    raise DamagedError(found[:damaged_at])
 
 
 def _peeled(text: str) -> str:

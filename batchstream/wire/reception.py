@@ -21,7 +21,7 @@ from batchstream.records import Api, Completion, Delta, Failure
 from batchstream.wire.chat import ChoicesAssembler
 from batchstream.wire.coding import CodingError, ContentDecoder
 from batchstream.wire.faults import classify, failure, is_error
-from batchstream.wire.jsontext import is_cut, is_unusual, parse, text_of
+from batchstream.wire.jsontext import is_cut, parse, text_of
 from batchstream.wire.messages import MessagesAssembler
 from batchstream.wire.parts import NOT_ORDINARY, VISIBLE, Assembler
 from batchstream.wire.payload import SENTINEL, DamagedError, documents
@@ -92,7 +92,8 @@ class Reception:
         self._failure: Failure | None = None
         self._assembler = assembler_for(api, n, on_delta)
         self._done_ends = api in ("chat", "completions")
-        self._fast = lane == "auto"
+        self._fast = False  # until the head says that this is a stream
+        self._may_be_fast = lane == "auto"
         self._sse = SSEDecoder(documents=True, max_event_bytes=max_event_bytes)
         self._max_event = max_event_bytes
         self._max_body = max_body_bytes
@@ -112,6 +113,7 @@ class Reception:
         self.headers = headers
         self.headers_at = now
         self._streaming = 200 <= status < 300
+        self._fast = self._streaming and self._may_be_fast
         fields = {name.lower(): value for name, value in reversed(headers)}
         self.request_id = next((fields[name] for name in _REQUEST_ID_HEADERS if fields.get(name)), None)
         coding = ContentDecoder(fields.get("content-encoding", ""))
@@ -122,7 +124,12 @@ class Reception:
         if self.final:
             return True
         if self._coding is None:
-            self._decoded(data, now)
+            payloads = self._sse.ordinary(data) if self._fast else None
+            if payloads is None:
+                self._decoded(data, now)
+            else:
+                self._received += len(data)
+                self._ordinary(payloads, now)
         else:
             self._encoded(self._coding.feed(data), now)
         return self.final
@@ -179,35 +186,46 @@ class Reception:
         self._received += len(data)
         if self._streaming:
             self._take(self._sse.feed(data), now)
-            if self.final:
-                return
-            if self._sse.overflow:
+            if self._sse.overflow and not self.final:
                 self._finish("error", failure("decode", f"an event is larger than {self._max_event} bytes"), now)
-            elif self._received > self._max_body:
-                self._finish("error", failure("decode", f"the body is larger than {self._max_body} bytes"), now)
+            elif self._received > self._max_body and not self.final:
+                self._too_large(now)
             return
         self._text.append(data)
         self._take_refusal(self._sse.feed(data), now)
         if not self.final and (self._received > MAX_ERROR_BYTES or self._sse.overflow):
             self._refused(now)
 
-    def _take(self, events: list[Event], now: float) -> None:
-        """Events of one read. The ordinary one goes down the fast lane; the rest is `_payload`'s."""
+    def _ordinary(self, payloads: list[bytes], now: float) -> None:
+        """Payloads of plain events of one read: each down the fast lane if it can, else in full."""
         quick = self._assembler.quick
+        for payload in payloads:
+            brought = quick(payload)
+            if brought == NOT_ORDINARY:
+                self._payload(Event("message", payload), now)
+                if self.final:
+                    return
+                continue
+            self._events += 1
+            if brought:
+                self._output(brought, now)
+            elif self.first_event_at is None:
+                self.first_event_at = now
+        if self._received > self._max_body:
+            self._too_large(now)
+
+    def _take(self, events: list[Event], now: float) -> None:
+        """Events of one read, one by one."""
         for event in events:
-            data = event.data
             if self._fast and event.origin == "data" and event.type != "error":
-                brought = quick(data)
-                if brought != NOT_ORDINARY:
-                    self._events += 1
-                    if brought:
-                        self._output(brought, now)
-                    elif self.first_event_at is None:
-                        self.first_event_at = now
-                    continue
-            self._payload(event, now)
+                self._ordinary([event.data], now)
+            else:
+                self._payload(event, now)
             if self.final:
                 return
+
+    def _too_large(self, now: float) -> None:
+        self._finish("error", failure("decode", f"the body is larger than {self._max_body} bytes"), now)
 
     def _output(self, brought: int, now: float) -> None:
         """An event with generated output."""
@@ -229,27 +247,25 @@ class Reception:
 
     def _payload(self, event: Event, now: float, *, pending: bool = False) -> None:
         """One event, in full. `pending`: its block was never closed, so what is no JSON is a cut."""
-        text = text_of(event.data)
         is_data = event.origin == "data"
         if is_data and self.first_event_at is None and not pending:
             self.first_event_at = now
         try:
-            found = documents(text)
+            found = documents(event.data)
         except DamagedError as damage:
-            self._broken(event, text, damage.before, now, pending=pending)
+            self._broken(event, text_of(event.data), damage.before, now, pending=pending)
             return
-        if not found:
-            self._events += is_data
-            if event.type == "error" and is_data and not pending:
-                self._fault(None, text, now)
-            elif event.origin == "error":
-                self._fault({"error": _value(text)}, text, now)
+        if found:
+            self._documents(found, event, now)
             return
-        self._documents(found, event, now)
+        self._events += is_data
+        if event.origin == "error":
+            text = text_of(event.data)
+            self._fault({"error": _value(text)}, text, now)
+        elif event.type == "error" and not pending:
+            self._fault(None, text_of(event.data), now)
 
     def _documents(self, found: list[Any], event: Event, now: float) -> None:
-        if is_unusual(event.data):
-            self._assembler.unusual = True
         for document in found:
             self._events += event.origin == "data"
             if document is SENTINEL:
@@ -363,7 +379,7 @@ class Reception:
         """Documents in the body of an error response. The first that is an error settles it."""
         for event in events:
             try:
-                found = documents(text_of(event.data))
+                found = documents(event.data)
             except DamagedError as damage:
                 found = damage.before
             for document in found:

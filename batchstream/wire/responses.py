@@ -61,7 +61,6 @@ class ResponsesAssembler:
         self.error: Any = None
         self.ended = False
         self.was_whole = False
-        self.unusual = False
         self._emit = Emitter(on_delta) if on_delta is not None else None
         self._slot = Slot(0)
         self._begun = False
@@ -307,15 +306,14 @@ class ResponsesAssembler:
         texts = {kind: text for kind, text in texts.items() if text}
         if texts:
             slot.reasoning.append_all(texts)
-        usage = storable(self._usage) if self.unusual else self._usage
-        extra = storable(self._extra) if self.unusual else dict(self._extra)
+        usage = storable(self._usage) if self._usage else None
         return Completion(
-            choices=[slot.record(self.unusual)] if self._begun else [],
+            choices=[slot.record()] if self._begun else [],
             usage=normalise_usage(usage) if usage else None,
             raw_usage=usage,
             model=whole(self._model) or None,
             response_id=whole(self._id) or None,
-            extra=extra or None,
+            extra=storable(dict(self._extra)) if self._extra else None,
         )
 
     def _joined(self, kind: str) -> list[str]:

@@ -66,10 +66,18 @@ class SSEDecoder:
         self._pieces_size = 0
         self._mid_line = False  # the document's current line has been taken in part
         self._after_document = False  # a document ended and the rest of its line has not arrived
+        self._between = False  # nothing is pending but, perhaps, a part of a block's first line
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that `data` completes."""
         events: list[Event] = []
+        self._take(data, events)
+        self._between = not (
+            self._data or self._type or self._scanner or self._after_cr or self._after_document or self._head is not None
+        )
+        return events
+
+    def _take(self, data: bytes, events: list[Event]) -> None:
         if self._head is not None:
             data = self._without_bom(data)
         if self._after_cr and data:
@@ -79,13 +87,13 @@ class SSEDecoder:
         if self._after_document:
             data = self._rest_of_document_line(data)
         if not data or self.overflow:
-            return events
+            return
         ended = data[-1] == 0x0A
         if not ended and data[-1] == 0x0D:
             ended = self._after_cr = True
         elif not ended and b"\n" not in data and b"\r" not in data:
             self._keep_partial(data, events)
-            return events
+            return
         if self._partial:
             self._partial.append(data)
             data = b"".join(self._partial)
@@ -98,7 +106,38 @@ class SSEDecoder:
             self._keep_partial(tail, events)
         elif self._data_size + self._pieces_size > self._max:
             self.overflow = True
-        return events
+
+    def ordinary(self, data: bytes) -> list[bytes] | None:
+        """The payloads that `data` completes, if all is ordinary: one-line `data: ` blocks ended by LF, perhaps
+        with a part of such a line at either side. None, and nothing has changed, if anything is not.
+
+        The ordinary read is nearly every read, and takes a handful of calls instead of a loop over lines.
+        """
+        if not self._between:
+            return None
+        partial = self._partial
+        if partial:
+            if b"\n" not in data:
+                return None
+            data = b"".join((*partial, data))
+        if not data.startswith(b"data: ") or b"\r" in data:
+            return None
+        if not partial and data.find(b"\n") == len(data) - 2 and data.endswith(b"\n"):
+            return [data[6:-2]]  # one event a read: the paced stream
+        rest = b""
+        if not data.endswith(b"\n\n"):
+            end = data.rfind(b"\n\n") + 2
+            rest = data[end:]
+            if end < 2 or b"\n" in rest or not rest.startswith(b"data: "):
+                return None
+            data = data[:end]
+        payloads = data[6:-2].split(b"\n\ndata: ")
+        if data.count(b"\n") != 2 * len(payloads):
+            return None
+        if partial or rest:
+            self._partial = [rest] if rest else []
+            self._partial_size = len(rest)
+        return payloads
 
     def end(self) -> list[Event]:
         """The pending block at the end of the stream, which the standard discards; nothing if there is none."""
