@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from typing import Any
 
 import aiohttp
@@ -18,6 +19,7 @@ import pytest
 from batchstream.endpoints.sim.answers import chance_of
 from batchstream.endpoints.sim.exchange import Pace
 from batchstream.endpoints.sim.latency import parse_distribution
+from batchstream.endpoints.sim.wheel import Wheel
 from batchstream.endpoints.simulate import SimulateConfig, Simulator
 from batchstream.errors import UsageError
 
@@ -138,6 +140,84 @@ def test_a_client_that_reads_slowly_holds_up_only_itself(simulated) -> None:
     rest = slow.read(lambda raw: raw.endswith(b"0\r\n\r\n"))
     assert rest.raw.count(b"data: {") > 99_000
     assert sim.ledger()[0]["events"] == 100_000
+
+
+class FakeStream:
+    """Notes its turns; wants to go on at once, for ever."""
+
+    def __init__(self, *, blocked: bool = False) -> None:
+        self.blocked = blocked
+        self.turns = 0
+        self.steps = self._go()
+
+    def _go(self) -> Generator[float, None, None]:
+        while True:
+            self.turns += 1
+            yield 0.0
+
+
+async def test_a_blocked_stream_gets_no_turn_until_it_is_resumed_and_a_dropped_one_none_at_all() -> None:
+    wheel = Wheel(asyncio.get_running_loop())
+    blocked, dropped, free = FakeStream(blocked=True), FakeStream(), FakeStream()
+    for stream in (blocked, dropped, free):
+        wheel.start(stream)
+    wheel.drop(dropped)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (blocked.turns, dropped.turns) == (0, 1)
+    assert free.turns > 10
+    blocked.blocked = False
+    wheel.resume(blocked)
+    wheel.resume(blocked)  # a second resume must not give it two places in the queue
+    before = free.turns
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert blocked.turns == pytest.approx(free.turns - before, abs=2)
+    wheel.close()
+    stopped = free.turns
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert free.turns == stopped
+
+
+async def test_an_error_in_one_stream_does_not_stop_the_others() -> None:
+    def broken() -> Generator[float, None, None]:
+        yield 0.0
+        raise ValueError("a bug")
+
+    loop = asyncio.get_running_loop()
+    seen: list[object] = []
+    loop.set_exception_handler(lambda _, context: seen.append(context["exception"]))
+    wheel, bad, free = Wheel(loop), FakeStream(), FakeStream()
+    bad.steps = broken()
+    wheel.start(bad)
+    wheel.start(free)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    wheel.close()
+    assert [type(error) for error in seen] == [ValueError]
+    assert free.turns > 10
+
+
+async def test_a_client_that_left_costs_no_more_turns() -> None:
+    simulator = Simulator(SimulateConfig(tokens=1_000_000, gap=0.001))
+    url = await simulator.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+    data = json.dumps(body("x")).encode()
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+    await reader.readuntil(b"data: ")
+    writer.close()
+    await writer.wait_closed()
+    entry = simulator.ledger.entries[0]
+    for _ in range(1000):
+        if entry.ended_at is not None:
+            break
+        await asyncio.sleep(0.01)
+    assert entry.ended_at is not None
+    events = entry.events
+    await asyncio.sleep(0.1)
+    assert entry.events == events
+    await simulator.stop()
 
 
 async def test_in_the_loop_of_hundreds_of_streams_every_answer_is_whole_and_order_changes_nothing() -> None:

@@ -7,6 +7,8 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 
+from batchstream.endpoints.sim.gate import Gate
+
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
@@ -106,6 +108,15 @@ def test_a_refused_request_uses_up_neither_window_nor_fault_attempts(simulated) 
     sim = simulated(rpm=2, speedup=0.001, faults="500(times=1)=1")
     assert [sim.chat().status for _ in range(4)] == [500, 200, 429, 429]
     assert [entry["attempt"] for entry in sim.ledger()] == [1, 2, 3, 4]
+
+
+def test_which_fault_an_attempt_meets_does_not_depend_on_refusals_by_the_clock(simulated) -> None:
+    sim = simulated(rpm=1, speedup=0.001, faults="500(times=2)=1")
+    seen = []
+    for _ in range(3):
+        seen += [sim.chat().status, sim.chat().status]  # one is admitted, one refused
+        sim.simulator._gate = Gate(sim.simulator.config)  # the next window
+    assert seen == [500, 429, 500, 429, 200, 429]
 
 
 def test_rate_limit_headers_count_down_when_asked_for(simulated) -> None:
