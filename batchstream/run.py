@@ -212,6 +212,7 @@ class _Run:
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             self.progress, self._control, self._hooks, rpm=self._plan.rpm,
+                            secret=self._plan.key.secret if self._plan.key else None,
                         )  # fmt: skip
                 finally:
                     gauges.stop()
@@ -241,7 +242,7 @@ class _Run:
         job = self._job
         complete = self._exhausted and self.progress.done == self._yielded
         if not complete or (stop is not None and stop.cause == "signal"):
-            stop = stop or Stop("endpoint", "rows were left over")
+            stop = self._clean(stop or Stop("endpoint", "rows were left over"))
             exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
             figures = self._summary(journal, stop, exit_code, None)
             return self._report(journal, exit_code, f"stopped: {stop.message}", figures, stop=stop)
@@ -252,6 +253,11 @@ class _Run:
         figures = self._summary(journal, None, exit_code, total)
         message = _too_many(final.failed, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
+
+    def _clean(self, stop: Stop) -> Stop:
+        """Endpoints like to repeat the key in the message that refuses it."""
+        secret = self._plan.key.secret if self._plan.key else None
+        return stop if secret is None else msgspec.structs.replace(stop, message=stop.message.replace(secret, "[key]"))
 
     def _summary(self, journal: JournalDir, stop: Stop | None, exit_code: int, total: int | None) -> Summary:
         tally = Tally(since=self._started_at)

@@ -75,11 +75,12 @@ async def run_shard(
     hooks: Hooks,
     *,
     rpm: float | None,
+    secret: str | None,
     worker: int = 0,
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
-    `take_blocks` gives the hashes of input blocks read since the last call: (index, rows, hash).
+    `secret` is kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since the last call: (index, rows, hash).
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)
@@ -87,7 +88,7 @@ async def run_shard(
         segment,
         progress,
         GroupSync(job.durability),
-        secret=target.key,
+        secret=secret,
         spill_dir=Path(job.spill_dir) if job.spill_dir else None,
         stop=control.stop,
         on_durable=hooks.on_durable,

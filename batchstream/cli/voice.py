@@ -13,6 +13,8 @@ import traceback
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from batchstream.endpoints.credentials import SECRET_LENGTH
+
 if TYPE_CHECKING:
     from batchstream.figures.summary import Summary
 
@@ -60,7 +62,8 @@ class Voice:
         return self._stream is not None and self._stream.isatty() and not os.environ.get("NO_COLOR")
 
     def hide(self, secret: str) -> None:
-        self._secrets.append(secret)
+        if len(secret) >= SECRET_LENGTH:
+            self._secrets.append(secret)
 
     def redact(self, text: str) -> str:
         """`text` without the secrets, as they are and as JSON spells them."""

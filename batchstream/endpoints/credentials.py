@@ -12,11 +12,20 @@ import msgspec
 from batchstream.errors import StoppedError, UsageError
 
 
+SECRET_LENGTH = 12
+"""Shorter keys are placeholders for servers that want any ("x", "EMPTY", "ollama"): words that answers are made of."""
+
+
 class Key(msgspec.Struct, frozen=True):
     """A key and where it was found. The key is in no repr."""
 
     value: str
     origin: str
+
+    @property
+    def secret(self) -> str | None:
+        """What must never be written anywhere, or None for a placeholder."""
+        return self.value if len(self.value) >= SECRET_LENGTH else None
 
     def __repr__(self) -> str:
         return f"Key(from {self.origin})"

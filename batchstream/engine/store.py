@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -82,7 +83,7 @@ class Store:
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
         if self._secret is not None and self._secret in data:
-            data = data.replace(self._secret, b"[key]")
+            data = _encode(_without(msgspec.json.decode(data), self._secret.decode()))
         ok = result.status == "ok"
         kind = "" if result.error is None else result.error.kind
         self._unsynced[row.row] = (ok, kind, result if self._on_durable is not None else None)
@@ -192,3 +193,14 @@ class Store:
         except StorageError as spill_error:
             return f"{error}; spilling {count} results failed as well: {spill_error}"
         return f"{error}; {count} unsaved results are in {path}, the next start with the same --spill-dir takes them in"
+
+
+def _without(value: Any, secret: str) -> Any:
+    """`value` with the secret taken out of every text in it."""
+    if isinstance(value, str):
+        return value.replace(secret, "[key]")
+    if isinstance(value, list):
+        return [_without(item, secret) for item in value]
+    if isinstance(value, dict):
+        return {_without(name, secret): _without(item, secret) for name, item in value.items()}
+    return value
