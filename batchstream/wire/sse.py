@@ -73,7 +73,12 @@ class SSEDecoder:
         events: list[Event] = []
         self._take(data, events)
         self._between = not (
-            self._data or self._type or self._scanner or self._after_cr or self._after_document or self._head is not None
+            self._data
+            or self._type
+            or self._scanner
+            or self._after_cr
+            or self._after_document
+            or self._head is not None
         )
         return events
 

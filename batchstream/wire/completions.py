@@ -1,1 +1,0 @@
-"""Completions: the same chunks as chat, with `text` in place of `delta`; see `chat.ChoicesAssembler`."""
