@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -60,9 +60,11 @@ class RawRow(NamedTuple):
 
 
 class Format(Protocol):
-    def rows(self) -> Iterator[RawRow]: ...
+    """An open file. `rows` may leave out columns that are not in `columns` (None: all are wanted)."""
+
+    def rows(self, columns: Collection[str] | None) -> Iterator[RawRow]: ...
     def count(self) -> int: ...
-    def require(self, columns: Sequence[str]) -> None: ...
+    def require(self, columns: Sequence[str], one_of: Sequence[str]) -> None: ...
     def __enter__(self) -> Format: ...
     def __exit__(self, *exc: object) -> None: ...
 
@@ -139,13 +141,13 @@ class JsonLines:
         self._stream.close()
         self._base.close()
 
-    def require(self, columns: Sequence[str]) -> None:
+    def require(self, columns: Sequence[str], one_of: Sequence[str]) -> None:
         """Lines have no schema: a column that is missing shows row by row."""
 
     def count(self) -> int:
         return sum(1 for _ in self._lines())
 
-    def rows(self) -> Iterator[RawRow]:
+    def rows(self, columns: Collection[str] | None) -> Iterator[RawRow]:
         decode = msgspec.json.Decoder().decode
         for number, line, too_long in self._lines():
             if too_long:
@@ -209,26 +211,34 @@ class ParquetRows:
     def __exit__(self, *exc: object) -> None:
         self._parquet.close()
 
-    def require(self, columns: Sequence[str]) -> None:
+    def require(self, columns: Sequence[str], one_of: Sequence[str]) -> None:
+        """Raises InputError unless all of `columns` are there, and one of `one_of` if that is not empty."""
         names = self._parquet.schema_arrow.names
         for column in columns:
             if column not in names:
                 raise InputError(f"{self._place.name}: expected a column {column!r}, got {', '.join(names)}")
+        if one_of and not any(column in names for column in one_of):
+            raise InputError(
+                f"{self._place.name}: expected a column {', '.join(map(repr, one_of))}, "
+                f"or --template or --prompt-column; got {', '.join(names)}"
+            )
 
     def count(self) -> int:
         return int(self._parquet.metadata.num_rows)
 
-    def rows(self) -> Iterator[RawRow]:
+    def rows(self, columns: Collection[str] | None) -> Iterator[RawRow]:
         import pyarrow
+
+        names = [name for name in self._parquet.schema_arrow.names if columns is None or name in columns]
 
         number = 0
         try:
             # One thread: a pool of decoders would take the cores from the requests that are being measured.
-            for batch in self._parquet.iter_batches(batch_size=_PARQUET_ROWS, use_threads=False):
+            for batch in self._parquet.iter_batches(_PARQUET_ROWS, columns=names, use_threads=False):
                 for value in batch.to_pylist():
                     yield RawRow(number, value, None, b"", columnar=True)
                     number += 1
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(
                 f"{self._place.name}:row {number}: cannot read on (damaged?): {_first_words(error)}"
             ) from error

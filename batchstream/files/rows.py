@@ -27,6 +27,9 @@ from batchstream.records import Api, InvalidRow, Request
 if TYPE_CHECKING:
     from batchstream.files.source import SourceSpec
 
+REQUEST_COLUMNS = ("prompt", "messages", "body")
+"""One of these holds the request, where no template or prompt column is given."""
+
 Row = Request | InvalidRow
 Build = Callable[[Api, dict[str, Any]], dict[str, Any]]
 """`build(api, common) -> body`: `common` holds `prompt` or `messages`, optional `system`, and request parameters."""
@@ -130,6 +133,17 @@ class RowReader:
         self._first_columns: set[str] | None = set()
         self._shaped = False
         self._first_problem: str | None = None
+
+    def needed(self) -> list[str]:
+        """Columns without which no row can be read (or which the job wants to keep)."""
+        keep = self._spec.keep if isinstance(self._spec.keep, tuple) else ()
+        return [*sorted(self._data), *([self._spec.id_column] if self._spec.id_column else []), *keep]
+
+    def used(self) -> frozenset[str] | None:
+        """Every column that may matter, None for all."""
+        if self._spec.keep == "all":
+            return None
+        return frozenset(("id", "custom_id", "system", "url", "method", *REQUEST_COLUMNS, *PARAMETERS, *self.needed()))
 
     def read(self, row: int, name: str, raw: RawRow) -> Row:
         """The request of a raw row, or why there is none. `name` is the file, for messages."""

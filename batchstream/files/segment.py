@@ -135,7 +135,7 @@ class Segment:
                 except OSError as error:
                     self._distrust(error)
             else:
-                raise StorageError(f"{self._path()}: {self.trouble}")
+                raise StorageError(self.trouble or f"{self._path()}: closed")
             safe, self._safe = self._safe, []
             return safe
 
@@ -160,8 +160,8 @@ class Segment:
             self._written.clear()
             self._held.clear()
             self._held_bytes = self._unsynced_bytes = 0
-            self._failed_syncs = 2
-            self.trouble = f"its last results were spilled to {path}"
+            self.trouble = f"{self._path()}: given up; its last results were spilled to {path}"
+            self._release()
             return path
 
     def close(self, *, clean: bool) -> list[int]:
@@ -173,11 +173,25 @@ class Segment:
         self._note({"t": "z", "clean": clean})
         rows += self.sync()
         if self.pending_bytes:
-            raise StorageError(f"{self._path()}: {self.trouble or 'not everything could be stored'}")
-        self._disk.close(self._fd)
+            raise StorageError(self.trouble or f"{self._path()}: not everything could be stored")
+        self._release()
         return rows
 
+    def abandon(self) -> None:
+        """Close the file as it is, after an error, without another try to store anything."""
+        with self._syncing:
+            self._release()
+
     # Everything below is called with `_state` or `_syncing` held, as said.
+
+    def _release(self) -> None:
+        """[_syncing] Close the file; nothing more goes into it."""
+        self._replace = True
+        self._failed_syncs = 2
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # what counts has been synced; an error here says nothing about it
+                self._disk.close(fd)
 
     def _path(self) -> Path:
         return self._directory / f"seg-{self._worker}-{self._number}.bsj"
@@ -221,14 +235,13 @@ class Segment:
         """[_state] Append one record; on refusal cut the file back to its last whole record."""
         line = record.encode_line(self._seed, body)
         try:
-            written = self._disk.write(self._fd, line)
-            if written == len(line):
-                self._length += written
-                self._unsynced_bytes += written if counts else 0
-                return True
-            error = OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were taken")
+            fsio.write_all(self._disk, self._fd, line)
         except OSError as refused:
             error = refused
+        else:
+            self._length += len(line)
+            self._unsynced_bytes += len(line) if counts else 0
+            return True
         self.trouble = str(fsio.storage_error(self._path(), error))
         self._replace = error.errno not in _FULL
         try:

@@ -20,7 +20,7 @@ import msgspec
 
 from batchstream.errors import InputError, UsageError
 from batchstream.files.formats import InputPlace, RawRow, open_format
-from batchstream.files.rows import Build, Row, RowReader
+from batchstream.files.rows import REQUEST_COLUMNS, Build, Row, RowReader
 from batchstream.records import Api
 
 __all__ = ["BATCH_ROWS", "BLOCK_ROWS", "Build", "Row", "Source", "SourceSpec", "open_source"]
@@ -64,7 +64,6 @@ class Source:
         self.files: tuple[InputPlace, ...] = find_files(spec)
         self._build = build
         self._chosen: frozenset[int] | None = None
-        RowReader(spec, build)  # a template or a default that cannot work is refused here
 
     def batches(self, start_row: int = 0) -> Iterator[list[Row]]:
         """Batches of 1 to 32 rows in input order, from the first row whose ordinal is at least `start_row`.
@@ -77,7 +76,7 @@ class Source:
         row = 0
         for place in self.files:
             reader = RowReader(self.spec, self._build)
-            for raw in self._raw_rows(place):
+            for raw in self._raw_rows(place, reader):
                 if self.spec.limit is not None and row >= self.spec.limit:
                     break
                 if row >= start_row and (chosen is None or row in chosen):
@@ -99,9 +98,9 @@ class Source:
                 total += file.count()
         return total if self.spec.limit is None else min(total, self.spec.limit)
 
-    def _raw_rows(self, place: InputPlace) -> Iterator[RawRow]:
+    def _raw_rows(self, place: InputPlace, reader: RowReader) -> Iterator[RawRow]:
         with open_format(place, self.spec.max_line_bytes) as file:
-            yield from file.rows()
+            yield from file.rows(reader.used())
 
     def _sampled(self) -> frozenset[int] | None:
         if self.spec.sample is not None and self._chosen is None:
@@ -117,16 +116,12 @@ def open_source(spec: SourceSpec, build: Build) -> Source:
     Raises InputError (missing, unreadable, nothing found) and UsageError (a template or option that cannot work).
     """
     source = Source(spec, build)
+    needed = RowReader(spec, build).needed()
+    one_of = REQUEST_COLUMNS if spec.template is None and spec.prompt_column is None else ()
     for place in source.files:
         with open_format(place, spec.max_line_bytes) as file:
-            file.require(columns_needed(spec))
+            file.require(needed, one_of)
     return source
-
-
-def columns_needed(spec: SourceSpec) -> list[str]:
-    """Columns that the options name, which a format with a schema can check at once."""
-    named = [spec.prompt_column, spec.id_column, *(spec.keep if isinstance(spec.keep, tuple) else ())]
-    return [name for name in named if name is not None]
 
 
 def find_files(spec: SourceSpec) -> tuple[InputPlace, ...]:
@@ -148,14 +143,8 @@ def find_files(spec: SourceSpec) -> tuple[InputPlace, ...]:
 
 def _local_files(path: str) -> list[str]:
     if os.path.isdir(path):
-        found = [
-            os.path.join(directory, name)
-            for directory, _, names in os.walk(path)
-            for name in names
-            if name.endswith(_SUFFIXES) and not name.startswith((".", "_"))
-        ]
-        # State directories of earlier runs (and their spooled input) are not input.
-        found = [name for name in found if ".journal" + os.sep not in name]
+        found = [os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names]
+        found = [name for name in found if _is_input(os.path.relpath(name, path))]
         if not found:
             raise InputError(f"{path}: expected files ending in {', '.join(_SUFFIXES)}, found none in this directory")
         return sorted(found)
@@ -165,6 +154,17 @@ def _local_files(path: str) -> list[str]:
     if not found:
         raise InputError(f"{path}: no file matches this pattern")
     return found
+
+
+def _is_input(name: str) -> bool:
+    """Which files of a directory count, by the path below it: not the hidden ones, nor what runs leave behind."""
+    parts = name.split("/")
+    return (
+        name.endswith(_SUFFIXES)
+        and not name.endswith((".results.jsonl", ".results.parquet"))
+        and not any(part.startswith((".", "_")) for part in parts)
+        and not any(part.endswith(".journal") for part in parts[:-1])
+    )
 
 
 def _uri_files(uri: str) -> list[str]:
@@ -177,9 +177,8 @@ def _uri_files(uri: str) -> list[str]:
         if info.type == fs.FileType.Directory:
             entries = system.get_file_info(fs.FileSelector(path, recursive=True))
             prefix = uri.rstrip("/")
-            return sorted(
-                prefix + entry.path[len(path.rstrip("/")) :] for entry in entries if entry.path.endswith(_SUFFIXES)
-            )
+            names = (entry.path[len(path.rstrip("/")) :] for entry in entries if entry.is_file)
+            return sorted(prefix + name for name in names if _is_input(name.lstrip("/")))
     except (OSError, ValueError) as error:
         raise InputError(f"{uri}: cannot open: {error}") from error
     if info.type == fs.FileType.NotFound:

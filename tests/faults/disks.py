@@ -65,11 +65,14 @@ class CountingDisk:
             hit = number == self.at or (0 <= self.at < number and name == self.lasting)
             if hit and self.act is not None:
                 how = self.act(name)
-                if how in ("short", "torn") and name == "write":
+                if how in ("short", "torn", "half") and name == "write":
                     args = (args[0], args[1][: len(args[1]) // 2])
                 if how == "torn":
                     real(*args)
                     kill(name)
+                if how == "half":
+                    real(*args)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(*args)
 
         return call
@@ -93,6 +96,11 @@ def fail(code: int) -> Callable[[str], object]:
 
 def short(_name: str) -> object:
     return "short"
+
+
+def half(_name: str) -> object:
+    """Half of a write, and no room for the rest."""
+    return "half"
 
 
 class RecordingDisk(LazyDisk):

@@ -99,6 +99,8 @@ def run(
         told.code, told.message = error.exit_code, str(error)
         if segment is not None and spill_dir is not None and segment.pending_bytes:
             told.spilled = segment.spill(spill_dir)
+        elif segment is not None:
+            segment.abandon()
     finally:
         journal.close()
     return told
