@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 from batchstream.errors import LockedError, UsageError
@@ -56,7 +57,7 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
         disk.sync_dir(str(directory.parent))
         fd = disk.open(str(directory / "LOCK"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        disk.lock(fd)
+        _lock_patiently(disk, fd)
         text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode()
         disk.truncate(fd, 0)
         fsio.write_all(disk, fd, text)
@@ -74,11 +75,23 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
     return Lock(directory, fd, disk)
 
 
+def _lock_patiently(disk: fsio.Disk, fd: int) -> None:
+    """Lock, or BlockingIOError. A few tries within 70 ms: `holder` below may have it for an instant."""
+    for pause in (0.01, 0.02, 0.04):
+        try:
+            disk.lock(fd)
+        except BlockingIOError:
+            time.sleep(pause)
+        else:
+            return
+    disk.lock(fd)
+
+
 def holder(directory: Path) -> str | None:
     """Who runs the job with this state directory just now ("" when it has not said), None when nobody does.
 
-    Looks by taking a shared lock for an instant: nothing is created or changed, and only a run that starts within that
-    instant could be told to come later.
+    Looks by taking a shared lock for an instant: nothing is created or changed, and a run that starts within that
+    instant tries again.
     """
     try:
         fd = os.open(directory / "LOCK", os.O_RDONLY | os.O_CLOEXEC)

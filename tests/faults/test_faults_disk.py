@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import minijob
@@ -15,6 +17,7 @@ from disks import ERRORS, CountingDisk, LazyDisk, RecordingDisk, fail, half, pow
 from batchstream.files.segment import Segment
 
 HERE = Path(__file__).parent
+KILLS = int(os.environ.get("BATCHSTREAM_KILLS", "20"))
 STATES = int(os.environ.get("BATCHSTREAM_POWER_LOSSES", "400"))
 
 
@@ -34,6 +37,38 @@ def test_killed_at_every_disk_call_the_next_start_completes_the_job(tmp_path, ho
     trials, twice = map(int, done.stdout.split())
     assert trials > 70
     assert twice > 0, "no kill hit a row in flight: the sweep proves nothing"
+
+
+def test_killed_at_random_moments_on_the_real_disk_every_answer_counts_once(tmp_path):
+    """A chain of starts, each killed from outside at a moment of chance, until one gets through."""
+    rows = 400
+    path = minijob.write_input(tmp_path / "in.jsonl", rows)
+    out, ledger = tmp_path / "out.jsonl", tmp_path / "ledger"
+    program = (
+        "import sys, minijob\nfrom pathlib import Path\nfrom batchstream.files.fsio import RealDisk\n"
+        "path, out, ledger = map(Path, sys.argv[1:])\n"
+        "source = minijob.source_of(path)\n"
+        "print('go', flush=True)\n"
+        "sys.exit(minijob.run(source, out, RealDisk(), ledger).code)\n"
+    )
+    entries = [str(HERE), *(entry for entry in sys.path if entry)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entries)}
+    command = [sys.executable, "-c", program, str(path), str(out), str(ledger)]
+    chance = random.Random(7)
+    kills = done = 0
+    while done == 0:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as start:
+            assert start.stdout.readline() == "go\n"
+            if kills < KILLS:
+                time.sleep(chance.uniform(0, 0.06))
+                start.kill()
+        done = start.returncode == 0
+        assert done or start.returncode == -signal.SIGKILL
+        kills += not done
+    assert kills >= KILLS // 2
+    assert out.read_bytes() == minijob.expected(rows)
+    assert set(minijob.asked(ledger)) == set(range(rows))
+    assert minijob.asked_twice(ledger) <= minijob.IN_FLIGHT * kills
 
 
 def the_calls(tmp_path: Path) -> list[str]:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchstream.errors import DamagedError, IdentityError, LockedError, StorageError, UsageError
-from batchstream.files import fsio, record
+from batchstream.files import fsio, lock, record
 from batchstream.files.journal import GroupSync, JournalDir, journal_path, load_final, load_manifest
 from batchstream.files.recovery import Recovered, recover, segment_files
 from batchstream.files.results import read_journal, read_results
@@ -87,6 +87,30 @@ def test_of_many_simultaneous_starts_one_holds_the_job(tmp_path):
             start.communicate()
         assert sorted(start.returncode for start in starts) == [0] + [11] * 9
         assert said.count("held\n") == 1
+
+
+def test_looking_for_the_holder_never_turns_a_start_away(job):
+    source, out, _ = job
+    acquire(source, out).close()
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            lock.holder(journal_path(out))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(200):
+            lock.hold(out, started="now").release()
+    finally:
+        stop.set()
+        thread.join()
+    held = lock.hold(out, started="now")
+    assert lock.holder(journal_path(out)).startswith(f"pid {os.getpid()} on ")
+    held.release()
+    assert lock.holder(journal_path(out)) is None
 
 
 def test_a_child_that_inherits_the_lock_keeps_it(job):
