@@ -88,6 +88,7 @@ _DELTA_KEYS = frozenset({
 })  # fmt: skip
 _CHOICE_KEYS = frozenset({"index", "delta", "message", "text", "finish_reason", "logprobs", "usage", "error"})
 _TOP_KEYS = frozenset({"id", "object", "created", "model", "choices", "usage", "error"})
+_LATEST = 1e11  # an instant beyond this is no epoch in seconds
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -189,7 +190,7 @@ class ChoicesAssembler:
             self._id = identity
         if not self._model and isinstance(model, str):
             self._model = model
-        if created and isinstance(created, int | float):
+        if isinstance(created, int | float) and 0 < created < _LATEST:
             self._extra.setdefault("created", created)
         self._identified = bool(self._id and self._model and "created" in self._extra)
 

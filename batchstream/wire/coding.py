@@ -48,9 +48,11 @@ class Decompressor:
                 if self._member is None:
                     self._head = data
                     return
+            before = self._member.copy()
             try:
                 piece = self._member.decompress(data, PIECE)
             except zlib.error as error:
+                yield from _up_to_damage(before, data)
                 raise CodingError(f"damaged {self._coding} data: {error}") from None
             if piece:
                 yield piece
@@ -87,6 +89,18 @@ class Decompressor:
         """What was held back to find out what the body is: a short plain text."""
         head, self._head = self._head, b""
         return head if not self._members else b""
+
+
+def _up_to_damage(member: zlib._Decompress, data: bytes) -> Iterator[bytes]:
+    """What `data` decodes to before it is damaged. zlib throws that away with the error, so that how much of an
+    answer survives would depend on the cuts between reads."""
+    for place in range(len(data)):
+        try:
+            piece = member.decompress(data[place : place + 1])
+        except zlib.error:
+            return
+        if piece:
+            yield piece
 
 
 class ContentDecoder:

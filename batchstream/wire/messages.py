@@ -43,8 +43,6 @@ class _BlockDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 _decode = msgspec.json.Decoder(_BlockDelta).decode
 
-_CALL_BLOCKS = ("tool_use", "server_tool_use", "mcp_tool_use")
-
 
 class _Block:
     """One content block as it grows: `head` as it was opened, `pieces` of its text, thinking or input."""
@@ -76,11 +74,12 @@ class _Block:
             block["signature"] = "".join(self.signature)
         if self.citations:
             block["citations"] = list(self.citations)
-        if self.call is not None:
+        given = "".join(self.call.arguments if self.call is not None else self.pieces if "input" in block else ())
+        if given:
             try:
-                block["input"] = parse("".join(self.call.arguments))
+                block["input"] = parse(given)
             except ValueError:
-                block["input"] = "".join(self.call.arguments)
+                block["input"] = given
         return block
 
 

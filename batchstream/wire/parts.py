@@ -257,7 +257,7 @@ def position(value: Any) -> int | None:
 
 def merge(extra: dict[str, Any], key: str, value: Any) -> None:
     """Keep what a delta says beyond the named fields: lists grow, objects merge, of scalars the last counts."""
-    if value is None:
+    if value is None or value == [] or value == {}:
         return
     known = extra.get(key)
     if isinstance(value, list) and isinstance(known, list):

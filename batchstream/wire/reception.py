@@ -103,7 +103,8 @@ class Reception:
         self._streaming = False  # the status is 2xx
         self._envelope: Any = None  # of an error response: the first document of its body
         self._text: list[bytes] = []  # of an error response: its body
-        self._malformed = False
+        self._malformed = False  # the body begins with a brace and is no JSON
+        self._lost = ""  # a cut payload, while it is seen whether an error follows that explains it
 
     # What the transport tells
 
@@ -206,11 +207,7 @@ class Reception:
                 if self.final:
                     return
                 continue
-            self._events += 1
-            if brought:
-                self._output(brought, now)
-            elif self.first_event_at is None:
-                self.first_event_at = now
+            self._count(brought, now)
         if self._received > self._max_body:
             self._too_large(now)
 
@@ -218,14 +215,24 @@ class Reception:
         """Events of one read, one by one."""
         for event in events:
             if self._fast and event.origin == "data" and event.type != "error":
-                self._ordinary([event.data], now)
-            else:
-                self._payload(event, now)
+                brought = self._assembler.quick(event.data)
+                if brought != NOT_ORDINARY:
+                    self._count(brought, now)
+                    continue
+            self._payload(event, now)
             if self.final:
                 return
 
     def _too_large(self, now: float) -> None:
         self._finish("error", failure("decode", f"the body is larger than {self._max_body} bytes"), now)
+
+    def _count(self, brought: int, now: float) -> None:
+        """An event that the fast lane took."""
+        self._events += 1
+        if brought:
+            self._output(brought, now)
+        elif self.first_event_at is None:
+            self.first_event_at = now
 
     def _output(self, brought: int, now: float) -> None:
         """An event with generated output."""
@@ -239,7 +246,7 @@ class Reception:
             self.gap_max = now - last
         self.last_output_at = now
         self.chunks += 1
-        if self.first_visible_at is None and brought == VISIBLE:
+        if brought == VISIBLE and self.first_visible_at is None:
             self.first_visible_at = now
             self.ttfo_event = self._events
 
@@ -285,6 +292,9 @@ class Reception:
         is_data = event.origin == "data"
         name = event.type if is_data else ""
         wrong = is_error(document, name)
+        if self._lost and not wrong:
+            self._damaged(self._lost, now)
+            return
         if isinstance(document, dict) and not (wrong and "choices" not in document):
             brought = assembler.add(document, name)
             if not is_data and brought and not assembler.was_whole:
@@ -331,8 +341,13 @@ class Reception:
             self._fault(None, text, now)
         elif event.origin == "error":
             self._fault({"error": text}, text, now)
+        elif event.cut:
+            self._lost = text
         else:
-            self._finish("error", failure("decode", f"a payload is not JSON, text is lost: {_excerpt(text)}"), now)
+            self._damaged(text, now)
+
+    def _damaged(self, text: str, now: float) -> None:
+        self._finish("error", failure("decode", f"a payload is not JSON, text is lost: {_excerpt(text)}"), now)
 
     def _pending(self, now: float) -> None:
         """What the decoder still holds at the end of the body."""
@@ -343,6 +358,8 @@ class Reception:
         for event in events:
             if not self.final:
                 self._payload(event, now, pending=True)
+        if self._lost and not self.final:
+            self._damaged(self._lost, now)
 
     # Ends
 

@@ -30,13 +30,14 @@ class Event(msgspec.Struct, gc=False):
     """One dispatched event: its type ("message" if the server names none), its data, the last event id.
 
     `origin` is "data" for an event of the standard, "document" for JSON outside any field,
-    "error" for the value of a field named so.
+    "error" for the value of a field named so. `cut` means that no blank line but a document ended the block.
     """
 
     type: str
     data: bytes
     id: str = ""
     origin: str = "data"
+    cut: bool = False
 
 
 class SSEDecoder:
@@ -180,8 +181,9 @@ class SSEDecoder:
                 self._other_line(line, events)
 
     def _dispatch(self, events: list[Event]) -> None:
+        """Close the block before its blank line."""
         if self._data:
-            events.append(Event(self._type or "message", b"\n".join(self._data), self._id))
+            events.append(Event(self._type or "message", b"\n".join(self._data), self._id, cut=True))
             self._data.clear()
             self._data_size = 0
         self._type = ""
@@ -246,7 +248,7 @@ class SSEDecoder:
         return data[close:]
 
     def _end_document(self, events: list[Event]) -> None:
-        events.append(Event("message", b"".join(self._pieces), self._id, "document"))
+        events.append(Event("message", b"".join(self._pieces).strip(), self._id, "document"))
         self._pieces.clear()
         self._pieces_size = 0
         self._scanner = None
@@ -272,8 +274,14 @@ class SSEDecoder:
 
     def _partial_document(self, data: bytes, events: list[Event]) -> bytes:
         if self._scanner is None:
-            if self._partial or not _opens_document(data):
+            if self._partial and self._partial != [b" "]:
                 return data
+            if not data.strip(_BLANKS):
+                return b"" if self._partial else b" "  # blanks before a document, or before junk: one will do
+            if not _opens_document(data):
+                return data
+            self._partial.clear()
+            self._partial_size = 0
             self._dispatch(events)
             self._scanner = Scanner()
         elif not self._mid_line and (self._partial or _FIELD.match(data) or _FIELD_PREFIX.match(data)):
