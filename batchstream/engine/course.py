@@ -54,7 +54,11 @@ class Course:
         first: list[Attempt] = [attempt]
 
         async def next_attempt() -> Attempt:
-            return first.pop() if first else await self._send(self)
+            attempt = first.pop() if first else await self._send(self)
+            if attempt.failure is not None:
+                # Noted here and not in a hook: tenacity asks for the wait before it asks whether to stop.
+                self._failures.append(attempt.failure)
+            return attempt
 
         retrying = AsyncRetrying(
             retry=retry_if_result(_failed_for_now),
@@ -72,8 +76,6 @@ class Course:
         return self._policy.may_retry([*self._failures, _failure(attempt)], self._limit_waits)
 
     def _give_up(self, state: RetryCallState) -> bool:
-        failure = _failure(_last(state))
-        self._failures.append(failure)
         return not self._policy.may_retry(self._failures, self._limit_waits)
 
     def _wait(self, state: RetryCallState) -> float:
