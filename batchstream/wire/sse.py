@@ -22,7 +22,7 @@ MAX_EVENT_BYTES = 64 << 20
 
 _BOM = b"\xef\xbb\xbf"
 _FIELD = re.compile(rb"(?:data|event|id|retry|error):")
-_FIELD_PREFIX = re.compile(rb"[a-z]{1,5}:?\Z")
+_FIELD_NAMES = (b"data:", b"event:", b"id:", b"retry:", b"error:")
 _BLANKS = b" \t"
 
 
@@ -284,8 +284,15 @@ class SSEDecoder:
             self._partial_size = 0
             self._dispatch(events)
             self._scanner = Scanner()
-        elif not self._mid_line and (self._partial or _FIELD.match(data) or _FIELD_PREFIX.match(data)):
-            return data
+        elif not self._mid_line:
+            # Whether this line goes on with the document shows in its first bytes, perhaps of several reads.
+            if self._partial and _FIELD.match(self._partial[0]):
+                return data
+            data = b"".join((*self._partial, data))
+            self._partial.clear()
+            self._partial_size = 0
+            if _FIELD.match(data) or any(name.startswith(data) for name in _FIELD_NAMES):
+                return data
         rest = self._document_bytes(data, events)
         while rest is not None and _opens_document(rest):
             self._scanner = Scanner()
