@@ -67,23 +67,26 @@ async def stream(prompt: str | list[dict[str, Any]], **options: Any) -> AsyncIte
         common["model"] = chosen.model
     body = build_body(chosen.api, {**common, **job.param}, include_usage=job.include_usage)
     request = Request(0, "0", chosen.api, body, digest=0)
-    queue: asyncio.Queue[Delta | Result] = asyncio.Queue()
+    queue: asyncio.Queue[Delta | Result | None] = asyncio.Queue()
     async with opened(job, chosen) as target, transport_for(job) as transport:
         client = Client(transport, target, limits_of(job))
         asking = asyncio.create_task(_ask(client, request, RetryPolicy(job.max_attempts, job.max_wait), queue))
+        asking.add_done_callback(lambda _: queue.put_nowait(None))  # a bug in there must not leave us waiting
         try:
-            while True:
-                item = await queue.get()
+            while (item := await queue.get()) is not None:
                 yield item
                 if isinstance(item, Result):
                     return
+            await asking
         finally:
             asking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asking
 
 
-async def _ask(client: Client, request: Request, policy: RetryPolicy, queue: asyncio.Queue[Delta | Result]) -> None:
+async def _ask(
+    client: Client, request: Request, policy: RetryPolicy, queue: asyncio.Queue[Delta | Result | None]
+) -> None:
     spoken = False
 
     def say(delta: Delta) -> None:
