@@ -32,7 +32,7 @@ batchstream ask "Say hello" --base-url http://127.0.0.1:8080/v1 --model sim
 cat letter.txt | batchstream ask - --system "Translate into French."
 """
 
-_NO_ENDPOINT = frozenset({"connect", "tls", "dns", "redirect"})
+_NO_ENDPOINT = frozenset({"connect", "tls", "redirect"})
 """Failures that say: there is nobody to ask."""
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -128,9 +128,10 @@ def _conclude(result: Result, voice: Voice) -> int:
     if result.error is not None:
         error = result.error
         code = 4 if error.kind in ACCOUNT_KINDS | _NO_ENDPOINT else 3
-        status = "" if error.status is None else f" {error.status}"
-        tries = f" (after {result.attempts} attempts)" if result.attempts > 1 else ""
-        voice.error(f"{error.kind}{status}: {error.message}{tries}", code)
+        message = f"{error.kind}: {error.message}" + (
+            f" (after {result.attempts} attempts)" if result.attempts > 1 else ""
+        )
+        voice.error(voice.blamed(message) if error.kind in ACCOUNT_KINDS else message, code)
         return code
     voice.event("answer", " · ".join(_figures(result)), {"result": result})
     return 0

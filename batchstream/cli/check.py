@@ -58,7 +58,7 @@ def _check(ctx: click.Context, source: str, ping: bool) -> int:
         rows = card.look("Input", lambda: _opened(job, chosen, spool))
         if rows is not None:
             card.take("Output", lambda: _output(job, chosen, rows))
-            card.take("Rows", lambda: _rows(job, chosen, rows, card))
+            card.look("Rows", lambda: _rows(job, chosen, rows, card))
     if ping and with_key is not None:
         card.take("Ping", lambda: _ping(job, with_key))
     return card.verdict()
@@ -183,11 +183,12 @@ def _check_same(job: Job, plan: Plan, source: Source, journal: Path) -> None:
         raise IdentityError(f"{journal} is another job's: {'; '.join(lines)}; see --new-job and --allow-append")
 
 
-def _rows(job: Job, plan: Plan, source: Source, card: Card) -> str:
-    """Tell about the rows; returns their count as a line. Raises InputError for more bad ones than a run may have."""
+def _rows(job: Job, plan: Plan, source: Source, card: Card) -> None:
+    """Tell about the rows. Raises InputError for more bad ones than a run may have, UsageError for a missing model."""
     from batchstream.cli.survey import survey
 
     found = survey(source)
+    card.say("Rows", f"{found.rows:,}" + (f", {found.invalid:,} of them malformed" if found.invalid else ""))
     for bad in found.bad:
         card.say("Bad row", bad.message)
     if found.invalid > len(found.bad):
@@ -204,8 +205,6 @@ def _rows(job: Job, plan: Plan, source: Source, card: Card) -> str:
     if found.invalid > allowed:
         first = f"; the first is {found.bad[0].message}"
         raise InputError(f"{found.invalid:,} of {found.rows:,} rows are malformed, {allowed} allowed{first}")
-    skipped = f", {found.invalid:,} malformed" if found.invalid else ""
-    return f"{found.rows:,}{skipped}"
 
 
 def _tokens(found: Survey) -> str:

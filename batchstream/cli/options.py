@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable, Iterable
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import click
 import msgspec
@@ -18,6 +18,9 @@ from click.core import ParameterSource
 from batchstream.cli.voice import Voice
 from batchstream.errors import BatchstreamError
 from batchstream.job import SECTIONS, Job, Option, choices, load_job, make_job, options
+
+if TYPE_CHECKING:
+    from batchstream.endpoints.credentials import Key
 
 TITLES = {
     "input": "Input",
@@ -117,21 +120,22 @@ def attune(ctx: click.Context, job: Job) -> None:
     """Let the voice speak as the job says, and never say its key."""
     voice: Voice = ctx.obj
     voice.log_format, voice.quiet = job.log_format, job.quiet
-    for secret in _secrets(job):
-        voice.hide(secret)
+    if (key := key_of(job)) is not None:
+        voice.hide(key.value)
+        voice.key_origin = key.origin
 
 
-def _secrets(job: Job) -> Iterable[str]:
+def key_of(job: Job) -> Key | None:
+    """The key that `job` would use; None where there is none that can be used (who needs it will say so)."""
     from batchstream.endpoints.credentials import find_key
     from batchstream.endpoints.providers import DEFAULT, PROVIDERS
 
-    provider = PROVIDERS.get(job.provider or DEFAULT)
+    # A base URL without a provider gets no provider's key (connect.py).
+    provider = PROVIDERS.get(job.provider or DEFAULT) if job.base_url is None or job.provider else None
     try:
-        key = find_key(job.api_key_env, job.api_key_file, provider.key_env if provider else None, os.environ)
+        return find_key(job.api_key_env, job.api_key_file, provider.key_env if provider else None, os.environ)
     except BatchstreamError:
-        return  # no key that can be used; whoever needs one will say so
-    if key is not None:
-        yield key.value
+        return None
 
 
 def _declaration(option: Option) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def _judged(url: str, status: int, body: bytes, plan: Plan) -> str:
     if status in (404, 405, 501):
         return f"GET {url}: {status}: this endpoint answers, but lists no models"
     if status != 200:
-        source = f"; the key is from {plan.key.origin}" if plan.key else "; no key was sent"
-        raise StoppedError(f"GET {url}: {status}: {_message(body)}{source if status in (401, 403) else ''}")
+        whose = f"the key is from {plan.key.origin}" if plan.key else "no key was sent"
+        raise StoppedError(f"GET {url}: {status}: {_message(body)}; {whose}")
     models = _models(body)
     if models is None:
         raise StoppedError(f"GET {url}: expected a list of models, got {body[:80].decode('utf-8', 'replace')!r}")

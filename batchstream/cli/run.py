@@ -107,8 +107,7 @@ class Watch:
         if self._notes.qsize() >= NOTES_MAX:
             self._left_out += 1
             return
-        status = "" if failure.status is None else f" {failure.status}"
-        text = f"row {request.row} (id {request.id}), attempt {attempt}: {failure.kind}{status}: {failure.message}"
+        text = f"row {request.row} (id {request.id}), attempt {attempt}: {failure.kind}: {failure.message}"
         fields = {"row": request.row, "id": request.id, "attempt": attempt, **msgspec.structs.asdict(failure)}
         self._notes.put((text, fields))
 
@@ -137,7 +136,9 @@ def conclude(job: Job, report: Report, voice: Voice) -> int:
             voice.warning(f"the summary could not be written: {error}")
             code = code or error.exit_code
     if code:
-        voice.error(again(report.message, code, "run"), code)
+        account = report.stop is not None and report.stop.cause == "account"
+        message = voice.blamed(report.message) if account else report.message
+        voice.error(again(message, code, "run"), code)
     elif report.message != "finished":
         voice.note(report.message)
     return code

@@ -44,12 +44,14 @@ def again(message: str, code: int, command: str | None) -> str:
 
 class Voice:
     """Speaks on `stream` (None: nobody is there). `log_format` and `quiet` are set once the options are known,
-    as is `command`, the name of the command that runs; `hide` adds a secret that must never be said."""
+    as are `command`, the name of the command that runs, and `key_origin`, where the key comes from; `hide` adds a
+    secret that must never be said."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self.log_format: Literal["text", "json"] = "text"
         self.quiet = False
         self.command: str | None = None
+        self.key_origin: str | None = None
         self._stream = stream
         self._secrets: list[str] = []
 
@@ -71,6 +73,10 @@ class Voice:
             for spelling in (secret, secret.replace("\\", "\\\\").replace('"', '\\"')):
                 text = text.replace(spelling, "[key]")
         return text
+
+    def blamed(self, message: str) -> str:
+        """A refusal for the account's sake, with where the key came from: that is what to look at."""
+        return f"{message}; {f'the key is from {self.key_origin}' if self.key_origin else 'no key was sent'}"
 
     def note(self, message: str) -> None:
         if not self.quiet:
