@@ -80,7 +80,8 @@ async def run_shard(
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
-    `secret` is kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since the last call: (index, rows, hash).
+    `secret` is kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
+    the last call: (index, rows, hash).
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)

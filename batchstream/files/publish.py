@@ -53,8 +53,7 @@ def publish(out: Path, directory: Path, manifest: Manifest, disk: fsio.Disk, *,
             else:
                 write_lines(disk, tmp, results)
             built = describe(tmp)
-            earlier = load_final(directory)
-            _check_replaceable(out, built, earlier.results if earlier else None, overwrite=overwrite)
+            _check_replaceable(out, [built, *_published_before(directory)], overwrite=overwrite)
             disk.replace(str(tmp), str(out))
             disk.sync_dir(str(out.parent))
         except BaseException:
@@ -116,10 +115,16 @@ def write_lines(disk: fsio.Disk, path: Path, lines: Iterable[bytes]) -> None:
         disk.close(fd)
 
 
-def _check_replaceable(out: Path, built: Published, earlier: Published | None, *, overwrite: bool) -> None:
+def _published_before(directory: Path) -> list[Published]:
+    """What this journal's job, or one that --new-job has put aside, has put in place of OUT earlier."""
+    finals = [load_final(place) for place in (directory, *directory.glob("before-*"))]
+    return [final.results for final in finals if final is not None and final.results is not None]
+
+
+def _check_replaceable(out: Path, ours: list[Published], *, overwrite: bool) -> None:
     if overwrite or not out.exists():
         return
-    if not out.is_file() or describe(out) not in (built, earlier):
+    if not out.is_file() or describe(out) not in ours:
         raise UsageError(
             f"{out}: exists and was not made by this job (or was changed since); all results are safe in the journal: "
             "move the file away, or give --overwrite, and run the same command again"

@@ -62,7 +62,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
             source.write_text("".join(json.dumps(row) + "\n" for row in rows))
             done = batchstream(
                 "run", source, "-o", folder / f"{api}.out.jsonl", "--api", API[api], "--base-url", f"{base}/v1",
-                "--model", "m", "--concurrency", 200, "--max-attempts", 1, "--breaker", "off", "-q", cwd=folder,
+                "--model", "m", "--param", "max_tokens=100", "--concurrency", 200, "--max-attempts", 1, "--breaker", "off", "-q", cwd=folder,
             )  # fmt: skip
             assert done.returncode in (0, 3), done.stderr
             found.update({row["id"]: row for row in rows_of(folder / f"{api}.out.jsonl")})

@@ -36,7 +36,7 @@ def batchstream(*args: object, cwd: Path, timeout: float = 300, **env: str) -> s
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
