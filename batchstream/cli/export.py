@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+
+from batchstream.errors import UsageError
 
 if TYPE_CHECKING:
     from batchstream.files.export import Format
@@ -39,11 +40,17 @@ _OF_A_CHOICE = ("text", "reasoning", "refusal", "tool_calls", "finish_reason", "
     "-o", "--output", "target", default="-", show_default=True, metavar="FILE|-", help="A new file, or stdout."
 )
 def command(out: Path, style: Format, target: str) -> None:
-    from batchstream.cli.voice import emit
-    from batchstream.files.export import export
+    from batchstream.cli.voice import emit, emit_lines
+    from batchstream.files.export import export, export_lines
+    from batchstream.files.results import read_results
 
-    export(out, style, Path(target) if target != "-" else sys.stdout.buffer, response_body=response_body(out))
-    emit(b"")  # what stdout still holds back, with its errors
+    if target != "-":
+        export(out, style, Path(target), response_body=response_body(out))
+    elif style == "parquet":
+        raise UsageError("parquet needs a file: name one with -o")
+    else:
+        emit_lines(export_lines(read_results(out), style, response_body(out)))
+        emit(b"")  # what stdout still holds back
 
 
 def response_body(out: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:

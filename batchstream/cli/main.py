@@ -93,6 +93,8 @@ group = Commands(
 
 def main() -> NoReturn:
     """Run the command line of this process and end the process."""
+    if sys.stdout is None:  # closed by whoever started us: what nobody wants is written nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
     voice = Voice(sys.stderr)
     code = _settled(sys.argv[1:], voice)
     code = _flushed(code, voice)
@@ -149,16 +151,16 @@ def _usage(error: click.ClickException) -> str:
 
 def _flushed(code: int, voice: Voice) -> int:
     """Empty stdout before the interpreter does: its own complaint would be two lines and exit code 120."""
-    if sys.stdout is None:
-        return code
     try:
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code:
+            return code  # the reason has been told
         if isinstance(error, BrokenPipeError):
-            return code or 128 + signal.SIGPIPE
+            return 128 + signal.SIGPIPE
         voice.error(f"stdout: cannot write: {error.strerror}", 14)
-        return code or 14
+        return 14
     return code
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from batchstream.endpoints.credentials import SECRET_LENGTH
+from batchstream.errors import StorageError
 
 if TYPE_CHECKING:
     from batchstream.figures.summary import Summary
@@ -160,12 +163,23 @@ def columns(stream: TextIO | None) -> int:
 
 
 def emit(data: bytes) -> None:
-    """Data to stdout, as it is. Raises BrokenPipeError, and StorageError for any other refusal."""
-    from batchstream.errors import StorageError
-
-    try:
-        sys.stdout.buffer.write(data)
+    """Data to stdout, as it is and at once. Raises BrokenPipeError, and StorageError for any other refusal."""
+    emit_lines((data,), end=b"")
+    with _stdout_errors():
         sys.stdout.buffer.flush()
+
+
+def emit_lines(lines: Iterable[bytes], end: bytes = b"\n") -> None:
+    """Lines of data to stdout, in its own time. Raises as `emit` does."""
+    for line in lines:
+        with _stdout_errors():
+            sys.stdout.buffer.write(line + end)
+
+
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
