@@ -125,7 +125,7 @@ def classify(http_status: int | None, headers: Headers, envelope: Any, text: str
     """
     envelope = _unwrapped(envelope)
     status = http_status if http_status is not None else _stated_status(envelope)
-    message = _message(envelope) or _plain(text)
+    message = _plain(text) if envelope is None else _message(envelope)
     words = message if envelope is None else f"{message} {dumps(envelope)[:_TEXT_SEARCHED]}"
     kind = _kind(list(_codes(envelope)), status, message, words)
     wait = stated_wait(headers, envelope, message)

@@ -25,7 +25,7 @@ _UNIT = "milliseconds?|msecs?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h
 _PART = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,20}})?)\s*({_UNIT})(?![a-z])\s*(?:,|and)?\s*", re.IGNORECASE | re.ASCII)
 _TIGHT_PART = re.compile(r"(\d{1,12}(?:\.\d{1,20})?)(ms|[smhd])", re.IGNORECASE | re.ASCII)
 _AGAIN = re.compile(r"(?:try again|retry|retrying)\s+(?:in|after)\s+(?:about\s+)?(?=\d)", re.IGNORECASE)
-_BARE = re.compile(r"\d{1,9}(?:\.\d{1,20})?(?![\w:./-])", re.ASCII)
+_BARE = re.compile(r"\d{1,9}(?:\.\d{1,20})?(?![\w:/-]|\.\w|\s+\w)", re.ASCII)  # no unit: seconds
 
 _EPOCH_FROM = 1e9  # a reset beyond 30 years is an instant, not a duration
 _EPOCH_MS_FROM = 1e11
@@ -71,7 +71,7 @@ def hinted_in_text(message: str) -> float | None:
     wait = duration(rest)
     if wait is not None:
         return wait
-    bare = _BARE.match(rest) or re.match(r"\d{1,9}(?=\.(?:\s|$))", rest)
+    bare = _BARE.match(rest)
     return float(bare.group()) if bare else None
 
 
