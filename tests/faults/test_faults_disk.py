@@ -40,8 +40,8 @@ def test_killed_at_every_disk_call_the_next_start_completes_the_job(tmp_path, ho
 
 
 def test_killed_at_random_moments_on_the_real_disk_every_answer_counts_once(tmp_path):
-    """A chain of starts, each killed from outside at a moment of chance, until one gets through."""
-    rows = 400
+    """A chain of starts, each killed from outside after it asked some more rows, until one gets through."""
+    rows = 40 * KILLS
     path = minijob.write_input(tmp_path / "in.jsonl", rows)
     out, ledger = tmp_path / "out.jsonl", tmp_path / "ledger"
     program = (
@@ -60,7 +60,9 @@ def test_killed_at_random_moments_on_the_real_disk_every_answer_counts_once(tmp_
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as start:
             assert start.stdout.readline() == "go\n"
             if kills < KILLS:
-                time.sleep(chance.uniform(0, 0.06))
+                enough = len(minijob.asked(ledger)) + chance.randrange(-1, 20)
+                while len(minijob.asked(ledger)) <= enough and start.poll() is None:
+                    time.sleep(chance.uniform(0, 0.003))
                 start.kill()
         done = start.returncode == 0
         assert done or start.returncode == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -89,25 +90,25 @@ def test_of_many_simultaneous_starts_one_holds_the_job(tmp_path):
         assert said.count("held\n") == 1
 
 
-def test_looking_for_the_holder_never_turns_a_start_away(job):
-    source, out, _ = job
-    acquire(source, out).close()
-    stop = threading.Event()
+class WatchedDisk(LazyDisk):
+    """Somebody looks who holds the lock at the moment of the first two tries."""
 
-    def look():
-        while not stop.is_set():
-            lock.holder(journal_path(out))
-            time.sleep(0.001)
+    looks = 2
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        for _ in range(200):
-            lock.hold(out, started="now").release()
-    finally:
-        stop.set()
-        thread.join()
-    held = lock.hold(out, started="now")
+    def lock(self, fd):
+        watcher = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        try:
+            if self.looks:
+                fcntl.flock(watcher, fcntl.LOCK_SH)
+                self.looks -= 1
+            super().lock(fd)
+        finally:
+            os.close(watcher)
+
+
+def test_looking_for_the_holder_tells_its_name_and_never_turns_a_start_away(job):
+    _, out, _ = job
+    held = lock.hold(out, started="now", disk=WatchedDisk())
     assert lock.holder(journal_path(out)).startswith(f"pid {os.getpid()} on ")
     held.release()
     assert lock.holder(journal_path(out)) is None
