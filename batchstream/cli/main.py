@@ -93,8 +93,7 @@ group = Commands(
 
 def main() -> NoReturn:
     """Run the command line of this process and end the process."""
-    if sys.stdout is None:  # closed by whoever started us: what nobody wants is written nowhere
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+    _fill_standard_descriptors()
     voice = Voice(sys.stderr)
     code = _settled(sys.argv[1:], voice)
     code = _flushed(code, voice)
@@ -147,6 +146,18 @@ def _usage(error: click.ClickException) -> str:
     text = text[:1].lower() + text[1:]
     ctx = getattr(error, "ctx", None)
     return f"{text}; see {ctx.command_path} --help" if ctx is not None else text
+
+
+def _fill_standard_descriptors() -> None:
+    """Put /dev/null where a standard stream was closed by whoever started us. Else the next file or socket would get
+    its number: journal and chatter would mix, and libuv aborts over a socket called 0, 1 or 2."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
 
 
 def _flushed(code: int, voice: Voice) -> int:
