@@ -163,7 +163,8 @@ def _choices_body(completion: Completion, kind: str, choice: Callable[[Choice], 
 def _chat_choice(choice: Choice) -> Json:
     extra = dict(choice.extra or {})
     refusals = extra.pop("refusal_logprobs", None)
-    message: Json = {"role": extra.pop("role", "assistant"), "content": choice.text}
+    content = None if choice.tool_calls and not choice.text else choice.text  # as endpoints put it, whatever deltas say
+    message: Json = {"role": extra.pop("role", "assistant"), "content": content}
     if choice.reasoning is not None:
         message["reasoning_content"] = choice.reasoning
     if choice.refusal is not None:

@@ -260,12 +260,21 @@ class Reception:
         try:
             found = documents(event.data)
         except DamagedError as damage:
-            self._broken(event, text_of(event.data), damage.before, now, pending=pending)
+            if self._lost:
+                self._damaged(self._lost, now)
+            else:
+                self._broken(event, text_of(event.data), damage.before, now, pending=pending)
             return
-        if found:
+        if self._lost and event.origin != "error" and not any(map(is_error, found)):
+            self._damaged(self._lost, now)
+        elif found:
             self._documents(found, event, now)
-            return
-        self._events += is_data
+        else:
+            self._no_document(event, now, pending=pending)
+
+    def _no_document(self, event: Event, now: float, *, pending: bool) -> None:
+        """Noise, unless it stands where an error does."""
+        self._events += event.origin == "data"
         if event.origin == "error":
             text = text_of(event.data)
             self._fault({"error": _value(text)}, text, now)
@@ -292,9 +301,6 @@ class Reception:
         is_data = event.origin == "data"
         name = event.type if is_data else ""
         wrong = is_error(document, name)
-        if self._lost and not wrong:
-            self._damaged(self._lost, now)
-            return
         if isinstance(document, dict) and not (wrong and "choices" not in document):
             brought = assembler.add(document, name)
             if not is_data and brought and not assembler.was_whole:
