@@ -372,6 +372,7 @@ def open_job_source(job: Job, plan: Plan, spool: str | None = None) -> Source:
             limit=job.limit,
             sample=job.sample,
             seed=job.seed,
+            include_usage=job.include_usage,
             spool=spool,
         ),
         build,
