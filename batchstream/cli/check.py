@@ -135,7 +135,7 @@ def _input(job: Job) -> Iterator[str | None]:
 
 
 def _opened(job: Job, plan: Plan, spool: str | None) -> Source:
-    from batchstream.run import open_job_source
+    from batchstream.launch.here import open_job_source
 
     return open_job_source(job, plan, spool)
 
@@ -145,7 +145,7 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
     from batchstream.files.lock import holder, journal_path
     from batchstream.files.manifest import load_final, load_manifest
     from batchstream.files.results import read_journal
-    from batchstream.run import output_of
+    from batchstream.launch.here import output_of
 
     out = output_of(job)
     journal = journal_path(out)
@@ -172,7 +172,7 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
 def _check_same(job: Job, plan: Plan, source: Source, journal: Path) -> None:
     from batchstream.files.fingerprint import input_differences, input_fingerprint, job_differences
     from batchstream.files.manifest import load_manifest
-    from batchstream.run import identity
+    from batchstream.launch.here import identity
 
     manifest = load_manifest(journal)
     assert manifest is not None  # noqa: S101  (the caller's condition)

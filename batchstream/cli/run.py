@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchstream.figures.summary import Summary
     from batchstream.records import Failure, Request
     from batchstream.report.progress import Display
-    from batchstream.run import Report
+    from batchstream.launch.here import Report
 
 HELP = """Ask every row of SOURCE and keep every answer.
 
@@ -44,7 +44,7 @@ NOTES_MAX = 10_000
 
 
 def _run(ctx: click.Context, source: str) -> int:
-    from batchstream.run import run
+    from batchstream.launch.here import run
     from batchstream.shard import Hooks
 
     voice: Voice = ctx.obj

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from batchstream.endpoints.credentials import SECRET_LENGTH
 from batchstream.errors import StorageError
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ class Voice:
         return self._stream is not None and self._stream.isatty() and not os.environ.get("NO_COLOR")
 
     def hide(self, secret: str) -> None:
+        from batchstream.endpoints.credentials import SECRET_LENGTH
+
         if len(secret) >= SECRET_LENGTH:
             self._secrets.append(secret)
 

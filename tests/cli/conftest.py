@@ -1,0 +1,41 @@
+"""What the tests of the command line share: prompt files, and an endpoint that keeps a ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
+
+GOOD_KEY = "shuttle-good-0123456789"
+BAD_KEY = "shuttle-wrong-9876543210"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Twelve short prompts."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Say {i}."}) + "\n" for i in range(12)))
+    return path
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Simulator]:
+    """A simulated endpoint in this process: its ledger tells what was really sent."""
+    with running(SimulateConfig(tokens=8)) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def guarded() -> Iterator[Simulator]:
+    """One that takes no key but GOOD_KEY."""
+    with running(SimulateConfig(tokens=8, key=GOOD_KEY)) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def at() -> Callable[[Simulator], list[str]]:
+    return lambda simulator: ["--base-url", simulator.base_url, "--model", "sim"]
