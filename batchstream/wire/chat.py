@@ -18,6 +18,7 @@ import msgspec
 from batchstream.records import Completion
 from batchstream.wire.jsontext import storable, whole
 from batchstream.wire.parts import (
+    GROWING_AUDIO,
     NOT_ORDINARY,
     NOTHING,
     OUTPUT,
@@ -27,6 +28,7 @@ from batchstream.wire.parts import (
     OnDelta,
     Slot,
     argument_text,
+    extend_logprobs,
     merge,
     position,
 )
@@ -215,7 +217,7 @@ class ChoicesAssembler:
         if isinstance(text, str):
             brought |= self._content(slot, text)
         if choice.get("logprobs") is not None:
-            _extend_logprobs(slot, choice["logprobs"])
+            extend_logprobs(slot, choice["logprobs"])
         if says_something(choice.get("usage")):
             self._usage = choice["usage"]
         for key, value in choice.items():
@@ -382,42 +384,9 @@ def _take_audio(slot: Slot, audio: dict[str, Any]) -> int:
     """Audio comes in pieces: data and transcript grow, id and expiry are set."""
     brought = NOTHING
     for key, value in audio.items():
-        if key in ("data", "transcript") and isinstance(value, str):
+        if key in GROWING_AUDIO and isinstance(value, str):
             slot.audio.setdefault(key, []).append(value)
             brought |= VISIBLE if value else NOTHING
-        elif value is not None and key not in ("data", "transcript"):
+        elif value is not None and key not in GROWING_AUDIO:
             slot.audio[key] = value
     return brought
-
-
-def _extend_logprobs(slot: Slot, logprobs: Any) -> None:
-    """Token entries of both APIs as one list of objects; completions send parallel lists, which are zipped."""
-    entries: list[Any] = []
-    if isinstance(logprobs, list):
-        entries = logprobs
-    elif isinstance(logprobs, dict):
-        if isinstance(logprobs.get("content"), list):
-            entries = logprobs["content"]
-        elif isinstance(logprobs.get("tokens"), list):
-            entries = _zipped(logprobs)
-        if isinstance(logprobs.get("refusal"), list) and logprobs["refusal"]:
-            merge(slot.extra, "refusal_logprobs", logprobs["refusal"])
-    if entries:
-        slot.logprobs = slot.logprobs or []
-        slot.logprobs.extend(entries)
-
-
-_PARALLEL = {
-    "tokens": "token",
-    "token_logprobs": "logprob",
-    "top_logprobs": "top_logprobs",
-    "text_offset": "text_offset",
-}
-
-
-def _zipped(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
-    columns = {_PARALLEL[k]: v for k, v in logprobs.items() if k in _PARALLEL and isinstance(v, list)}
-    return [
-        {name: column[place] for name, column in columns.items() if place < len(column)}
-        for place in range(len(logprobs["tokens"]))
-    ]

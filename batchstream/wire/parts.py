@@ -19,6 +19,9 @@ NOTHING, OUTPUT, VISIBLE = 0, 1, 3
 NOT_ORDINARY = -1
 """The fast lane declines a payload."""
 
+GROWING_AUDIO = ("data", "transcript")
+"""Fields of audio that come in pieces; the others are set."""
+
 INDEX_LIMIT = 1 << 16  # an index beyond this is no index
 
 OnDelta = Callable[[Delta], None]
@@ -307,7 +310,7 @@ class Slot:
             call = self.function_call.record()
             extra["function_call"] = {"name": call.function.name, "arguments": call.function.arguments}
         if self.audio:
-            extra["audio"] = {k: "".join(v) if isinstance(v, list) else v for k, v in self.audio.items()}
+            extra["audio"] = {k: "".join(v) if k in GROWING_AUDIO else v for k, v in self.audio.items()}
         return Choice(
             index=self.index,
             text=joined(self.content),
@@ -318,3 +321,36 @@ class Slot:
             logprobs=storable(self.logprobs) if self.logprobs else None,
             extra=storable(extra) if extra else None,
         )
+
+
+def extend_logprobs(slot: Slot, logprobs: Any) -> None:
+    """Token entries of both APIs as one list of objects; completions send parallel lists, which are zipped."""
+    entries: list[Any] = []
+    if isinstance(logprobs, list):
+        entries = logprobs
+    elif isinstance(logprobs, dict):
+        if isinstance(logprobs.get("content"), list):
+            entries = logprobs["content"]
+        elif isinstance(logprobs.get("tokens"), list):
+            entries = _zipped(logprobs)
+        if isinstance(logprobs.get("refusal"), list) and logprobs["refusal"]:
+            merge(slot.extra, "refusal_logprobs", logprobs["refusal"])
+    if entries:
+        slot.logprobs = slot.logprobs or []
+        slot.logprobs.extend(entries)
+
+
+_PARALLEL = {
+    "tokens": "token",
+    "token_logprobs": "logprob",
+    "top_logprobs": "top_logprobs",
+    "text_offset": "text_offset",
+}
+
+
+def _zipped(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
+    columns = {_PARALLEL[k]: v for k, v in logprobs.items() if k in _PARALLEL and isinstance(v, list)}
+    return [
+        {name: column[place] for name, column in columns.items() if place < len(column)}
+        for place in range(len(logprobs["tokens"]))
+    ]

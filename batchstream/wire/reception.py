@@ -25,13 +25,11 @@ from batchstream.wire.jsontext import is_cut, parse, text_of
 from batchstream.wire.messages import MessagesAssembler
 from batchstream.wire.parts import NOT_ORDINARY, VISIBLE, Assembler
 from batchstream.wire.payload import SENTINEL, DamagedError, documents
+from batchstream.wire.refusal import Refusal
 from batchstream.wire.responses import ResponsesAssembler
 from batchstream.wire.sse import MAX_EVENT_BYTES, Event, SSEDecoder
 
 MAX_BODY_BYTES = 512 << 20
-MAX_ERROR_BYTES = 1 << 20
-"""Of the body of an error response, so much is read; what it says fits."""
-
 State = Literal["complete", "truncated", "error"]
 
 _OBJECT = re.compile(r'\s*(?:\[\s*)?\{\s*"')  # the beginning of a JSON object with a key
@@ -100,9 +98,7 @@ class Reception:
         self._coding: ContentDecoder | None = None
         self._received = 0  # decoded bytes
         self._events = 0  # payloads so far
-        self._streaming = False  # the status is 2xx
-        self._envelope: Any = None  # of an error response: the first document of its body
-        self._text: list[bytes] = []  # of an error response: its body
+        self._refusal: Refusal | None = None  # the status is not 2xx
         self._malformed = False  # the body begins with a brace and is no JSON
         self._lost = ""  # a cut payload, while it is seen whether an error follows that explains it
 
@@ -113,8 +109,9 @@ class Reception:
         self.status = status
         self.headers = headers
         self.headers_at = now
-        self._streaming = 200 <= status < 300
-        self._fast = self._streaming and self._may_be_fast
+        if not 200 <= status < 300:
+            self._refusal = Refusal(status, headers)
+        self._fast = self._refusal is None and self._may_be_fast
         fields = {name.lower(): value for name, value in reversed(headers)}
         self.request_id = next((fields[name] for name in _REQUEST_ID_HEADERS if fields.get(name)), None)
         coding = ContentDecoder(fields.get("content-encoding", ""))
@@ -141,21 +138,22 @@ class Reception:
             return
         if self._coding is not None:
             self._encoded(self._coding.end(), now)
-        if not self.final:
-            self._pending(now)
+            if self.final:
+                return
+        if self._refusal is not None:
+            self._refusal.end()
+            self._refused(self._refusal, now)
+            return
+        self._pending(now)
         if self.final:
             return
-        if not self._streaming:
-            self._refused(now)
-            return
         assembler = self._assembler
-        if assembler.started():
-            if assembler.finished():
-                self._finish("complete", None, now)
-            else:
-                self._finish("truncated", failure("truncated", self._how_it_ended(clean, reason)), now)
-            return
-        self._nothing_came(clean, reason, now)
+        if not assembler.started():
+            self._nothing_came(clean, reason, now)
+        elif assembler.finished():
+            self._finish("complete", None, now)
+        else:
+            self._finish("truncated", failure("truncated", self._how_it_ended(clean, reason)), now)
 
     def outcome(self) -> tuple[Completion | None, Failure | None]:
         """The completion (partial with a failure; None if nothing came) and the failure, None if complete.
@@ -165,7 +163,7 @@ class Reception:
         if self.state is None:
             cut = None if self._assembler.finished() else failure("truncated", "the response had not ended")
             return self._assembler.completion(), cut
-        if self.status is not None and not self._streaming:
+        if self._refusal is not None:
             return None, self._failure
         return self._assembler.completion(), self._failure
 
@@ -178,24 +176,25 @@ class Reception:
                 if self.final:
                     return
         except CodingError as error:
-            if self._streaming:
+            if self._refusal is None:
                 self._finish("error", failure("decode", str(error)), now)
             else:
-                self._refused(now)  # the status still tells what is wrong
+                self._refused(self._refusal, now)  # the status still tells what is wrong
 
     def _decoded(self, data: bytes, now: float) -> None:
-        self._received += len(data)
-        if self._streaming:
-            self._take(self._sse.feed(data), now)
-            if self._sse.overflow and not self.final:
-                self._finish("error", failure("decode", f"an event is larger than {self._max_event} bytes"), now)
-            elif self._received > self._max_body and not self.final:
-                self._too_large(now)
+        if self._refusal is not None:
+            self._refusal.feed(data)
+            if self._refusal.settled:
+                self._refused(self._refusal, now)
             return
-        self._text.append(data)
-        self._take_refusal(self._sse.feed(data), now)
-        if not self.final and (self._received > MAX_ERROR_BYTES or self._sse.overflow):
-            self._refused(now)
+        self._received += len(data)
+        self._take(self._sse.feed(data), now)
+        if self.final:
+            return
+        if self._sse.overflow:
+            self._finish("error", failure("decode", f"an event is larger than {self._max_event} bytes"), now)
+        elif self._received > self._max_body:
+            self._too_large(now)
 
     def _ordinary(self, payloads: list[bytes], now: float) -> None:
         """Payloads of plain events of one read: each down the fast lane if it can, else in full."""
@@ -207,7 +206,11 @@ class Reception:
                 if self.final:
                     return
                 continue
-            self._count(brought, now)
+            self._events += 1
+            if brought:
+                self._output(brought, now)
+            elif self.first_event_at is None:
+                self.first_event_at = now
         if self._received > self._max_body:
             self._too_large(now)
 
@@ -217,7 +220,11 @@ class Reception:
             if self._fast and event.origin == "data" and event.type != "error":
                 brought = self._assembler.quick(event.data)
                 if brought != NOT_ORDINARY:
-                    self._count(brought, now)
+                    self._events += 1
+                    if brought:
+                        self._output(brought, now)
+                    elif self.first_event_at is None:
+                        self.first_event_at = now
                     continue
             self._payload(event, now)
             if self.final:
@@ -225,14 +232,6 @@ class Reception:
 
     def _too_large(self, now: float) -> None:
         self._finish("error", failure("decode", f"the body is larger than {self._max_body} bytes"), now)
-
-    def _count(self, brought: int, now: float) -> None:
-        """An event that the fast lane took."""
-        self._events += 1
-        if brought:
-            self._output(brought, now)
-        elif self.first_event_at is None:
-            self.first_event_at = now
 
     def _output(self, brought: int, now: float) -> None:
         """An event with generated output."""
@@ -357,11 +356,7 @@ class Reception:
 
     def _pending(self, now: float) -> None:
         """What the decoder still holds at the end of the body."""
-        events = self._sse.end()
-        if not self._streaming:
-            self._take_refusal(events, now)
-            return
-        for event in events:
+        for event in self._sse.end():
             if not self.final:
                 self._payload(event, now, pending=True)
         if self._lost and not self.final:
@@ -381,43 +376,18 @@ class Reception:
         self._finish("error", failure(kind, message + lost), now)
 
     def _how_it_ended(self, clean: bool, reason: str) -> str:
-        how = (
-            "the stream ended"
-            if clean
-            else f"the connection was lost ({reason})"
-            if reason
-            else "the connection was lost"
-        )
+        how = "the stream ended" if clean else "the connection was lost"
+        how += f" ({reason})" if reason else ""
         return f"{how} without [DONE] or a finish reason, after {self.chunks} chunks"
+
+    def _refused(self, refusal: Refusal, now: float) -> None:
+        self._finish("error", refusal.failure(), now)
 
     def _finish(self, state: State, cause: Failure | None, now: float) -> None:
         self.state = state
         self._failure = cause
         self.final = True
         self.ended_at = now
-
-    # Responses that are no success
-
-    def _take_refusal(self, events: list[Event], now: float) -> None:
-        """Documents in the body of an error response. The first that is an error settles it."""
-        for event in events:
-            try:
-                found = documents(event.data)
-            except DamagedError as damage:
-                found = damage.before
-            for document in found:
-                if document is SENTINEL:
-                    continue
-                if self._envelope is None:
-                    self._envelope = document
-                if event.origin != "data" or is_error(document, event.type):
-                    self._envelope = {"error": document} if event.origin == "error" else document
-                    self._refused(now)
-                    return
-
-    def _refused(self, now: float) -> None:
-        body = b"".join(self._text)
-        self._finish("error", classify(self.status, self.headers, self._envelope, text_of(body[:MAX_ERROR_BYTES])), now)
 
 
 def _value(text: str) -> Any:
