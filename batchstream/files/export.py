@@ -99,13 +99,14 @@ def batch_line(result: dict[str, Any], response_body: ResponseBody) -> dict[str,
 
 def _csv(rows: Iterable[bytes]) -> Iterator[bytes]:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="")
+    # Before Python 3.13 the writer quotes a line break in a cell only where it is part of this.
+    writer = csv.writer(buffer, lineterminator="\r\n")
 
     def cells(values: Iterable[Any]) -> bytes:
         buffer.seek(0)
         buffer.truncate()
         writer.writerow([_cell(value) for value in values])
-        return buffer.getvalue().encode()
+        return buffer.getvalue().removesuffix("\r\n").encode()
 
     yield cells(_COLUMNS)
     for row in rows:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
-import time
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from cli import batchstream, command, environment, start
 from conftest import BAD_KEY
+from terminal import in_terminal
 
-from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
+from batchstream.endpoints.simulate import Simulator
 
 At = Callable[[Simulator], list[str]]
 
@@ -85,7 +86,9 @@ def test_a_refused_key_is_exit_4_and_named(guarded: Simulator, tmp_path: Path) -
     assert BAD_KEY not in done.stderr
 
 
-@pytest.mark.parametrize(("fault", "code", "kind"), [("400=1", 3, "invalid_request"), ("truncate(k=2)=1", 3, "truncated")])
+@pytest.mark.parametrize(
+    ("fault", "code", "kind"), [("400=1", 3, "invalid_request"), ("truncate(k=2)=1", 3, "truncated")]
+)
 def test_no_answer_is_exit_3_with_the_reason(fault: str, code: int, kind: str, tmp_path: Path) -> None:
     args = ["--provider", "sim", "--sim", f"faults={fault}", "--max-attempts", "1"]
     done = batchstream("ask", "Why?", *args, cwd=tmp_path)
@@ -123,27 +126,29 @@ def test_ctrl_c_ends_it_by_the_signal_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_terminal_is_not_steered_by_an_answer(tmp_path: Path) -> None:
-    with running(SimulateConfig(tokens=4)) as simulator:
-        args = ["ask", "\x1b[2J", "--base-url", simulator.base_url, "--model", "sim"]
-        assert batchstream(*args, cwd=tmp_path).returncode == 0
-    from batchstream.cli.ask import _Stage
-    from batchstream.cli.voice import Voice
-    from batchstream.records import Delta
+class Steering(BaseHTTPRequestHandler):
+    """Answers with an escape sequence in the text."""
 
-    controller, terminal = pty.openpty()
-    child = os.fork()
-    if child == 0:
-        os.dup2(terminal, 1)
-        stage = _Stage(Voice(None), show_reasoning=False)
-        stage._on_terminal = True
-        import sys
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        choice = {"index": 0, "delta": {"content": "red \x1b[31malert\tnow"}, "finish_reason": "stop"}
+        body = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n".encode()
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-        sys.stdout = os.fdopen(1, "w")
-        stage.show(Delta(0, "content", "red \x1b[31malert\tnow\n"))
-        os._exit(0)
-    os.waitpid(child, 0)
-    time.sleep(0.1)
-    assert os.read(controller, 1000).replace(b"\r\n", b"\n") == "red �[31malert\tnow\n".encode()
-    os.close(terminal)
-    os.close(controller)
+    def log_message(self, *args: object) -> None:
+        """Not on the tests' stderr."""
+
+
+def test_a_terminal_is_not_steered_by_an_answer_and_a_pipe_gets_it_as_it_is(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Steering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        args = ["ask", "Why?", "--base-url", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m", "-q"]
+        code, shown = in_terminal(*args, cwd=tmp_path)
+        piped = batchstream(*args, cwd=tmp_path)
+        server.shutdown()
+    assert (code, shown) == (0, "red \N{REPLACEMENT CHARACTER}[31malert\tnow\r\n")
+    assert piped.stdout == "red \x1b[31malert\tnow\n"

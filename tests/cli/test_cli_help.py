@@ -81,7 +81,7 @@ def test_every_help_has_examples_and_they_parse(name: str | None) -> None:
 
 
 def test_an_example_that_does_not_parse_would_be_noticed() -> None:
-    (called, *args), = examples("  batchstream run prompts.jsonl --concurrencey 3")
+    ((called, *args),) = examples("  batchstream run prompts.jsonl --concurrencey 3")
     with pytest.raises(click.UsageError):
         command(called).make_context(called, args)
 

@@ -18,7 +18,7 @@ from conftest import BAD_KEY, GOOD_KEY
 from batchstream.endpoints.simulate import Simulator
 
 At = Callable[[Simulator], list[str]]
-SLOW = ["--provider", "sim", "--sim", "ttft=0.2", "--sim", "gap=0.05", "--concurrency", "2"]
+SLOW = ["--provider", "sim", "--sim", "ttft=0.2", "--sim", "gap=0.05", "--sim", "tokens=12", "--concurrency", "2"]
 
 
 def last(text: str) -> str:
@@ -154,9 +154,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_first_request(
     assert "Traceback" not in done.stderr
 
 
-def test_an_output_of_somebody_else_is_not_replaced(
-    prompts: Path, endpoint: Simulator, at: At, tmp_path: Path
-) -> None:
+def test_an_output_of_somebody_else_is_not_replaced(prompts: Path, endpoint: Simulator, at: At, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("precious\n")
     done = batchstream("run", prompts, *at(endpoint), "-o", "mine.jsonl", cwd=tmp_path)
     assert (done.returncode, endpoint.ledger.requests) == (2, 0)
