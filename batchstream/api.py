@@ -20,7 +20,7 @@ from batchstream.files import results
 from batchstream.job import Job
 from batchstream.policy.retry import RetryPolicy
 from batchstream.records import Attempt, Delta, Request, Result
-from batchstream.run import run_async
+from batchstream.launch.here import run_async
 from batchstream.shard import Control, Hooks, limits_of, transport_for
 from batchstream.wire.body import build_body
 

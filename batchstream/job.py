@@ -33,60 +33,149 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """
 
     # --- input
-    input: Annotated[str, _opt("input", "The prompts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, a folder or glob, or -.")]
-    template: Annotated[str | None, _opt("input", "Make each prompt from the row's columns: 'Summarise: {text}'.", metavar="TEXT")] = None
+    input: Annotated[
+        str, _opt("input", "The prompts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, a folder or glob, or -.")
+    ]
+    template: Annotated[
+        str | None, _opt("input", "Make each prompt from the row's columns: 'Summarise: {text}'.", metavar="TEXT")
+    ] = None
     prompt_column: Annotated[str | None, _opt("input", "The column that holds the prompt.", metavar="NAME")] = None
-    id_column: Annotated[str | None, _opt("input", "The column that identifies a row (default: id or custom_id, else the ordinal).", metavar="NAME")] = None
-    keep: Annotated[tuple[str, ...], _opt("input", "Columns to copy through to the result: names with commas, or 'all'.", metavar="COL,…|all")] = ()
+    id_column: Annotated[
+        str | None,
+        _opt("input", "The column that identifies a row (default: id or custom_id, else the ordinal).", metavar="NAME"),
+    ] = None
+    keep: Annotated[
+        tuple[str, ...],
+        _opt("input", "Columns to copy through to the result: names with commas, or 'all'.", metavar="COL,…|all"),
+    ] = ()
     limit: Annotated[int | None, _opt("input", "Take only the first N rows.", metavar="N")] = None
     sample: Annotated[int | None, _opt("input", "Take N rows at random (see --seed).", metavar="N")] = None
     seed: Annotated[int, _opt("input", "Seed of --sample.", metavar="S")] = 0
-    invalid: Annotated[Literal["fail", "record", "skip"], _opt("input", "A malformed row: stop before sending anything, record it as failed, or skip it.")] = "record"
+    invalid: Annotated[
+        Literal["fail", "record", "skip"],
+        _opt("input", "A malformed row: stop before sending anything, record it as failed, or skip it."),
+    ] = "record"
     # --- endpoint
-    provider: Annotated[str | None, _opt("endpoint", "Whose endpoint: shuttleai (the default), openai, openrouter, groq, deepseek, local or sim.", metavar="NAME")] = None
+    provider: Annotated[
+        str | None,
+        _opt(
+            "endpoint",
+            "Whose endpoint: shuttleai (the default), openai, openrouter, groq, deepseek, local or sim.",
+            metavar="NAME",
+        ),
+    ] = None
     base_url: Annotated[str | None, _opt("endpoint", "Base URL of the endpoint, with its /v1.", metavar="URL")] = None
     model: Annotated[str | None, _opt("endpoint", "The model; a row's own 'model' wins.", metavar="NAME")] = None
-    api: Annotated[Api | None, _opt("endpoint", "Which API to speak (default: chat, or what a batch line's url says).")] = None
-    api_key_env: Annotated[str | None, _opt("endpoint", "NAME of the environment variable that holds the key. No option takes the key itself.", metavar="NAME")] = None
-    api_key_file: Annotated[str | None, _opt("endpoint", "File that holds the key; readable by its owner only.", metavar="FILE")] = None
+    api: Annotated[
+        Api | None, _opt("endpoint", "Which API to speak (default: chat, or what a batch line's url says).")
+    ] = None
+    api_key_env: Annotated[
+        str | None,
+        _opt(
+            "endpoint",
+            "NAME of the environment variable that holds the key. No option takes the key itself.",
+            metavar="NAME",
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None, _opt("endpoint", "File that holds the key; readable by its owner only.", metavar="FILE")
+    ] = None
     header: Annotated[dict[str, str], _opt("endpoint", "An extra request header.", metavar="'NAME: VALUE'")] = {}
-    ca_file: Annotated[str | None, _opt("endpoint", "PEM file of the certificate authorities to trust.", metavar="FILE")] = None
-    trust_env: Annotated[bool, _opt("endpoint", "Use the proxy that HTTP_PROXY/HTTPS_PROXY name.", flag="--trust-env")] = False
+    ca_file: Annotated[
+        str | None, _opt("endpoint", "PEM file of the certificate authorities to trust.", metavar="FILE")
+    ] = None
+    trust_env: Annotated[
+        bool, _opt("endpoint", "Use the proxy that HTTP_PROXY/HTTPS_PROXY name.", flag="--trust-env")
+    ] = False
     model_file: Annotated[str | None, _opt("endpoint", "GGUF weights for the provider local.", metavar="FILE")] = None
-    sim: Annotated[dict[str, Any], _opt("endpoint", "A setting of the provider sim, as in `batchstream simulate`.", metavar="K=V")] = {}
+    sim: Annotated[
+        dict[str, Any], _opt("endpoint", "A setting of the provider sim, as in `batchstream simulate`.", metavar="K=V")
+    ] = {}
     # --- request
-    param: Annotated[dict[str, Any], _opt("request", "A request parameter for every row that does not set it: temperature=0.", metavar="K=V")] = {}
+    param: Annotated[
+        dict[str, Any],
+        _opt("request", "A request parameter for every row that does not set it: temperature=0.", metavar="K=V"),
+    ] = {}
     system: Annotated[str | None, _opt("request", "System prompt for every row that has none.", metavar="TEXT")] = None
-    include_usage: Annotated[bool, _opt("request", "Ask the endpoint for token counts (stream_options.include_usage).", flag="--include-usage/--no-include-usage")] = True
+    include_usage: Annotated[
+        bool,
+        _opt(
+            "request",
+            "Ask the endpoint for token counts (stream_options.include_usage).",
+            flag="--include-usage/--no-include-usage",
+        ),
+    ] = True
     # --- limits
     concurrency: Annotated[int, _opt("limits", "Requests in flight at once.", metavar="N")] = 16
-    rpm: Annotated[float | None, _opt("limits", "Requests a minute, evenly spaced (default: the provider's known limit, if any).", metavar="N")] = None
-    connect_timeout: Annotated[float, _opt("limits", "Seconds to look up, connect and shake hands.", metavar="S")] = 10.0
-    first_token_timeout: Annotated[float, _opt("limits", "Seconds from the request to the first generated output; keep-alive comments do not count.", metavar="S")] = 300.0
+    rpm: Annotated[
+        float | None,
+        _opt("limits", "Requests a minute, evenly spaced (default: the provider's known limit, if any).", metavar="N"),
+    ] = None
+    connect_timeout: Annotated[float, _opt("limits", "Seconds to look up, connect and shake hands.", metavar="S")] = (
+        10.0
+    )
+    first_token_timeout: Annotated[
+        float,
+        _opt(
+            "limits",
+            "Seconds from the request to the first generated output; keep-alive comments do not count.",
+            metavar="S",
+        ),
+    ] = 300.0
     idle_timeout: Annotated[float, _opt("limits", "Seconds between two pieces of output.", metavar="S")] = 120.0
-    total_timeout: Annotated[float | None, _opt("limits", "Seconds for one attempt altogether (default: no limit).", metavar="S")] = None
-    max_time: Annotated[float | None, _opt("limits", "Stop admitting rows after this many seconds; exit 5.", metavar="S")] = None
-    max_requests: Annotated[int | None, _opt("limits", "Stop after this many requests of this run, retries included; exit 5.", metavar="N")] = None
-    max_tokens_total: Annotated[int | None, _opt("limits", "Stop admitting rows once this run has used so many tokens; exit 5.", metavar="N")] = None
-    max_failures: Annotated[int, _opt("limits", "So many failed rows are still a success (exit 0 instead of 3).", metavar="N")] = 0
+    total_timeout: Annotated[
+        float | None, _opt("limits", "Seconds for one attempt altogether (default: no limit).", metavar="S")
+    ] = None
+    max_time: Annotated[
+        float | None, _opt("limits", "Stop admitting rows after this many seconds; exit 5.", metavar="S")
+    ] = None
+    max_requests: Annotated[
+        int | None, _opt("limits", "Stop after this many requests of this run, retries included; exit 5.", metavar="N")
+    ] = None
+    max_tokens_total: Annotated[
+        int | None, _opt("limits", "Stop admitting rows once this run has used so many tokens; exit 5.", metavar="N")
+    ] = None
+    max_failures: Annotated[
+        int, _opt("limits", "So many failed rows are still a success (exit 0 instead of 3).", metavar="N")
+    ] = 0
     # --- retry
-    max_attempts: Annotated[int, _opt("retry", "Attempts for a row; waits for a rate limit do not count.", metavar="N")] = 5
-    max_wait: Annotated[float, _opt("retry", "Longest wait a server may ask for; beyond it the run stops with exit 5.", metavar="S")] = 300.0
+    max_attempts: Annotated[
+        int, _opt("retry", "Attempts for a row; waits for a rate limit do not count.", metavar="N")
+    ] = 5
+    max_wait: Annotated[
+        float, _opt("retry", "Longest wait a server may ask for; beyond it the run stops with exit 5.", metavar="S")
+    ] = 300.0
     breaker: Annotated[Literal["on", "off"], _opt("retry", "off: record every failure, stop for none.")] = "on"
     # --- output
-    output: Annotated[str | None, _opt("output", "The results: .jsonl or .parquet (default: beside the input).", flag="-o/--output", metavar="OUT")] = None
+    output: Annotated[
+        str | None,
+        _opt(
+            "output", "The results: .jsonl or .parquet (default: beside the input).", flag="-o/--output", metavar="OUT"
+        ),
+    ] = None
     overwrite: Annotated[bool, _opt("output", "Replace a results file that this job did not make.")] = False
     new_job: Annotated[bool, _opt("output", "Start over: put the journal of the earlier job aside.")] = False
     retry_failed: Annotated[bool, _opt("output", "Ask the failed rows again.")] = False
     allow_append: Annotated[bool, _opt("output", "Accept an input that has grown at its end.")] = False
-    durability: Annotated[Literal["row", "batch", "os"], _opt("output", "Sync each result, groups of them (at most 100 ms), or leave it to the system.")] = "batch"
-    drain_timeout: Annotated[float, _opt("output", "Seconds that rows in flight may take after a stop.", metavar="S")] = 30.0
+    durability: Annotated[
+        Literal["row", "batch", "os"],
+        _opt("output", "Sync each result, groups of them (at most 100 ms), or leave it to the system."),
+    ] = "batch"
+    drain_timeout: Annotated[
+        float, _opt("output", "Seconds that rows in flight may take after a stop.", metavar="S")
+    ] = 30.0
     if_locked: Annotated[Literal["fail", "skip"], _opt("output", "Another run holds the job: exit 11, or 0.")] = "fail"
     lock_wait: Annotated[float, _opt("output", "Wait so many seconds for the other run to end.", metavar="S")] = 0.0
-    spill_dir: Annotated[str | None, _opt("output", "Where unsaved results go when the disk of the journal is full.", metavar="DIR")] = None
+    spill_dir: Annotated[
+        str | None, _opt("output", "Where unsaved results go when the disk of the journal is full.", metavar="DIR")
+    ] = None
     # --- report
-    summary_json: Annotated[str | None, _opt("report", "Write the summary here as well, or to - (stdout).", metavar="PATH|-")] = None
-    log_format: Annotated[Literal["text", "json"], _opt("report", "Messages and status lines as text or as JSON lines.")] = "text"
+    summary_json: Annotated[
+        str | None, _opt("report", "Write the summary here as well, or to - (stdout).", metavar="PATH|-")
+    ] = None
+    log_format: Annotated[
+        Literal["text", "json"], _opt("report", "Messages and status lines as text or as JSON lines.")
+    ] = "text"
     quiet: Annotated[bool, _opt("report", "Errors only.", flag="-q/--quiet")] = False
     verbose: Annotated[bool, _opt("report", "Say more: each retry and each failure.", flag="-v/--verbose")] = False
     no_progress: Annotated[bool, _opt("report", "No live display; plain status lines.")] = False
@@ -107,7 +196,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise UsageError("api_key_env and api_key_file both name the key; give one of them")
         if self.api_key_env is not None and not self.api_key_env.replace("_", "a").isalnum():
             # Somebody pasted the key where its name belongs: never repeat it back.
-            raise UsageError("api_key_env: expected the name of an environment variable, such as SHUTTLEAI_API_KEY, not a key")
+            raise UsageError(
+                "api_key_env: expected the name of an environment variable, such as SHUTTLEAI_API_KEY, not a key"
+            )
         if self.limit is not None and self.sample is not None:
             raise UsageError("limit and sample both choose rows; give one of them")
         for name, value in self.header.items():
@@ -136,7 +227,9 @@ def options() -> dict[str, Option]:
         extra = meta.extra
         default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
         flag = extra["flag"] or "--" + field.name.replace("_", "-")
-        found[field.name] = Option(field.name, extra["section"], meta.description, flag, extra["metavar"], base, default)
+        found[field.name] = Option(
+            field.name, extra["section"], meta.description, flag, extra["metavar"], base, default
+        )
     return found
 
 
@@ -171,7 +264,9 @@ def load_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
     known = options()
     for section, table in tables.items():
         if section not in SECTIONS:
-            raise UsageError(f"{path}: unknown section [{section}]{nearest(section, list(SECTIONS))}; sections are {', '.join(SECTIONS)}")
+            raise UsageError(
+                f"{path}: unknown section [{section}]{nearest(section, list(SECTIONS))}; sections are {', '.join(SECTIONS)}"
+            )
         if not isinstance(table, dict):
             raise UsageError(f"{path}: expected a section [{section}], got {section} = {table!r}")
         names = {_key(option): option for option in known.values() if option.section == section}
@@ -210,7 +305,9 @@ def make_job(values: Mapping[str, Any], where: str = "") -> Job:
         except msgspec.ValidationError as error:
             option = known[name]
             shown = "" if name in ("header", "sim", "param") else f", got {value!r}"
-            raise UsageError(f"{prefix}[{option.section}] {_key(option)}: {str(error)[0].lower()}{str(error)[1:]}{shown}") from None
+            raise UsageError(
+                f"{prefix}[{option.section}] {_key(option)}: {str(error)[0].lower()}{str(error)[1:]}{shown}"
+            ) from None
     try:
         return Job(**values)
     except UsageError as error:

@@ -6,7 +6,8 @@ or waiting) is bounded too, which keeps memory flat whatever the file's length. 
 it passes its lane: the rate, and the gate that a 429 closes for everybody.
 
 Ending: `stop(reason)` admits nothing more and lets what is on the wire finish (drain); `abort()` cuts it.
-Rows that are waiting when the run stops stay pending, as do rows refused for the account's sake.
+Rows that are waiting when the run stops stay pending, as do rows that failed for the account's or the
+endpoint's sake and not for their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from batchstream.engine.outcome import invalid_result, result_of
 from batchstream.engine.progress import Progress
 from batchstream.policy.breaker import Breaker
 from batchstream.policy.limits import Lane
-from batchstream.policy.retry import ACCOUNT_KINDS, RetryPolicy
+from batchstream.policy.retry import ACCOUNT_KINDS, NOT_THE_ROWS, RetryPolicy, daily_limit
 from batchstream.records import Attempt, Failure, InvalidRow, Request, Result
 
 ALIVE_PER_SLOT = 4
@@ -210,28 +211,40 @@ class Runner:
         if failure is None:
             self._breaker.succeeded()
             self._lane.succeeded()
-            for other in self._refused:  # the account works, so these were the rows' own trouble
-                self._finish(*other)
-            self._refused.clear()
+            self._own_trouble(attempt)
             self._finish(course, attempt)
-        elif failure.kind in ACCOUNT_KINDS and self._breaker.enabled:
-            self._refused.append((course, attempt))
-            if (reason := self._breaker.account(failure)) is not None:
-                self.stop(Stop("account", reason))
         elif self._breaker.enabled and self._policy.too_long(failure):
             self._sink.gave_up(course.request, maybe_billed=False)
             asked = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait"
             self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}: {failure.message}"))
+        elif self._breaker.enabled and daily_limit(failure):
+            self._sink.gave_up(course.request, maybe_billed=False)
+            self.stop(Stop("budget", f"the provider's daily limit is used up: {failure.message}"))
+        elif self._breaker.enabled and failure.kind in NOT_THE_ROWS:
+            self._refused.append((course, attempt))
+            if (reason := self._breaker.refused(failure)) is not None:
+                self.stop(Stop("account" if failure.kind in ACCOUNT_KINDS else "endpoint", reason))
         else:
             self._finish(course, attempt)
             if (reason := self._breaker.row_failed(failure)) is not None:
                 self.stop(Stop("endpoint", reason))
 
+    def _own_trouble(self, success: Attempt) -> None:
+        """What was refused before this success was even sent is the refused rows' own trouble: account and
+        endpoint work. (A success that was on its way already proves nothing.)"""
+        sent = success.timing.sent or 0.0
+        waiting = self._refused
+        self._refused = [held for held in waiting if (held[1].timing.ended or 0.0) >= sent]
+        for course, attempt in waiting:
+            if (attempt.timing.ended or 0.0) < sent:
+                self._finish(course, attempt)
+
     def _keep_refused_pending(self) -> None:
         for course, attempt in self._refused:
             self._sink.gave_up(course.request, maybe_billed=False)
-            if self.stop_reason is None and attempt.failure is not None:
-                self.stop_reason = Stop("account", f"{attempt.failure.kind}: {attempt.failure.message}")
+            if self.stop_reason is None and (failure := attempt.failure) is not None:
+                cause: Literal["account", "endpoint"] = "account" if failure.kind in ACCOUNT_KINDS else "endpoint"
+                self.stop_reason = Stop(cause, f"{failure.kind}: {failure.message}")
         self._refused.clear()
 
     def _finish(self, course: Course, attempt: Attempt) -> None:

@@ -64,7 +64,7 @@ def verdict(evidence: Evidence) -> tuple[Verdict, list[str]]:
     judge(
         evidence.loop_lag_p99_s,
         LOOP_LAG_P99_MAX_S,
-        "event loop {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): use fewer streams or more workers",
+        "event loop {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): use fewer streams",
     )
     stall = "{what} of {{seen_ms:.0f}} ms (limit {{limit_ms:.0f}} ms): maxima and p99.9 may be the client's; {cure}"
     judge(
@@ -75,22 +75,22 @@ def verdict(evidence: Evidence) -> tuple[Verdict, list[str]]:
     judge(
         evidence.gc_pause_max_s,
         STALL_MAX_S,
-        stall.format(what="garbage-collection pause", cure="use more workers with fewer streams each"),
+        stall.format(what="garbage-collection pause", cure="use fewer streams"),
     )
     judge(
         evidence.cpu_share,
         CPU_SHARE_MAX,
-        "client used {seen:.0%} of a core (limit {limit:.0%}): use fewer streams or more workers",
+        "client used {seen:.0%} of a core (limit {limit:.0%}): use fewer streams",
     )
     if evidence.gc_pause_total_s is not None and evidence.elapsed_s > 0:
         judge(
             evidence.gc_pause_total_s / evidence.elapsed_s,
             GC_SHARE_MAX,
-            "{seen:.1%} of the run went into garbage collection (limit {limit:.0%}): use more workers",
+            "{seen:.1%} of the run went into garbage collection (limit {limit:.0%}): use fewer streams",
         )
     judge(
         evidence.schedule_slip_p99_s,
         SLIP_P99_MAX_S,
-        "requests left {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): lower the rate or use more workers",
+        "requests left {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): lower the rate",
     )
     return ("degraded" if reasons else "trusted"), reasons

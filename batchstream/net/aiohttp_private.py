@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import yarl
 from aiohttp.client_proto import ResponseHandler as ResponseHandler  # (re-exported: the base of our protocol)
-from aiohttp.connector import Connection
+from aiohttp.connector import Connection as Connection  # (re-exported, likewise)
 
 
 def missing() -> list[str]:

@@ -5,6 +5,10 @@ anything looks at it, and decoded there and then. No coroutine wakes up for a re
 one: a request costs one await. About half the CPU of the public path, and stamps that are the socket's.
 
 A connection goes back to the pool only after a clean end of the message; bytes nobody asked for close it.
+Servers close kept connections when they like, some (llama.cpp's) right after each answer without saying so, and a
+request written to such a connection is lost. So a pooled one is asked for signs of its end before it is used, and
+an origin is on probation until one of its connections has outlived an answer: one that does not gets a fresh
+connection for each request.
 When the answer is complete before its message is (`[DONE]` came, the last chunk did not), the end is
 awaited until the next sweeps, then the connection is dropped instead.
 """
@@ -12,6 +16,7 @@ awaited until the next sweeps, then the connection is dropped instead.
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +30,10 @@ from batchstream.records import Failure
 from batchstream.wire.http1 import ResponseFramer
 
 _now = time.monotonic
+_HANGUP = getattr(select, "POLLRDHUP", 0)
+
+PROBATION_S = 0.05
+"""A connection that is still open so long after an answer shows that its origin keeps connections."""
 
 
 class StreamProtocol(aiohttp_private.ResponseHandler):
@@ -35,9 +44,19 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
         self._exchange: Exchange | None = None
         self._framer: ResponseFramer | None = None
         self._settled: asyncio.Future[None] | None = None
+        self.used = False
 
     def begin(self, exchange: Exchange, settled: asyncio.Future[None]) -> None:
         self._exchange, self._settled, self._framer = exchange, settled, ResponseFramer()
+        self.used = True
+
+    def ending(self) -> bool:
+        """Has the server closed this idle connection, or sent what nobody asked for? (One system call.)"""
+        if self.transport is None or self.transport.is_closing():
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN | _HANGUP)
+        return bool(poll.poll(0))
 
     @property
     def reusable(self) -> bool:
@@ -102,9 +121,15 @@ class FastPath:
         self._tls = tls
         self._timeout = timeout
         self._routes: dict[yarl.URL, aiohttp.ClientRequest] = {}
+        self._keeps: dict[aiohttp.ClientRequest, bool] = {}  # does the origin keep connections? absent: not known yet
+        self._probation: dict[aiohttp_private.Connection, asyncio.TimerHandle] = {}
         self._heads: dict[yarl.URL, tuple[Mapping[str, str], bytes]] = {}
 
     async def close(self) -> None:
+        for connection, handle in self._probation.items():
+            handle.cancel()
+            connection.close()
+        self._probation.clear()
         await self._connector.close()
 
     async def stream(
@@ -114,23 +139,21 @@ class FastPath:
         where = self._routes.get(url)
         if where is None:
             where = self._routes[url] = aiohttp_private.route(url, self._tls)
-        connection = await aiohttp_private.connect(self._connector, where, self._timeout)
+        connection = await self._connected(where)
         protocol = connection.protocol
+        assert isinstance(protocol, StreamProtocol) and protocol.transport is not None  # noqa: S101, PT018  (see _connected)
         clean = False
         try:
-            if not isinstance(protocol, StreamProtocol) or not protocol.is_connected():
-                raise aiohttp.ServerDisconnectedError("the connection closed before the request was written")
             settled = asyncio.get_running_loop().create_future()
             exchange.settled = settled
             protocol.begin(exchange, settled)
             exchange.sent = _now()
-            assert protocol.transport is not None  # noqa: S101  (is_connected said so)
             protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head(url, headers), len(body), body))
             await settled
             clean = protocol.reusable
         finally:
             if clean:
-                connection.release()
+                self._give_back(where, connection)
             else:
                 connection.close()
         if exchange.redirect is not None:
@@ -140,6 +163,30 @@ class FastPath:
         if exchange.broken is not None:
             raise aiohttp.ServerDisconnectedError(exchange.broken)
         return None
+
+    async def _connected(self, where: aiohttp.ClientRequest) -> aiohttp_private.Connection:
+        """A connection that is alive as far as can be told. Raises aiohttp's errors."""
+        while True:
+            connection = await aiohttp_private.connect(self._connector, where, self._timeout)
+            protocol = connection.protocol
+            if isinstance(protocol, StreamProtocol) and not (protocol.used and protocol.ending()):
+                return connection
+            connection.close()
+
+    def _give_back(self, where: aiohttp.ClientRequest, connection: aiohttp_private.Connection) -> None:
+        keeps = self._keeps.get(where)
+        if keeps is None:
+            loop = asyncio.get_running_loop()
+            self._probation[connection] = loop.call_later(PROBATION_S, self._judge, where, connection)
+        elif keeps:
+            connection.release()
+        else:
+            connection.close()
+
+    def _judge(self, where: aiohttp.ClientRequest, connection: aiohttp_private.Connection) -> None:
+        del self._probation[connection]
+        self._keeps.setdefault(where, not connection.closed)
+        connection.release()
 
     def _head(self, url: yarl.URL, headers: Mapping[str, str]) -> bytes:
         """Request line and headers up to the value of Content-Length, rendered once for each route."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from batchstream.policy.retry import ACCOUNT_KINDS
+from batchstream.policy.retry import NOT_THE_ROWS
 from batchstream.records import Failure
 
-ACCOUNT_LIMIT = 3
+REFUSALS = 3
+"""So many rows refused for the account's or the endpoint's sake, with no success between them."""
+
 ALIKE_LIMIT = 20
 """So many rows given up in a row, all for the same reason and with no success between them."""
 
@@ -14,29 +16,29 @@ OF_THE_ROW = frozenset({"context_length", "content_filter"})
 
 
 class Breaker:
-    """Counts what ended in a row. `account` and `row_failed` return the reason to stop, or None."""
+    """Counts what ended in a row. `refused` and `row_failed` return the reason to stop, or None."""
 
-    __slots__ = ("_account", "_alike", "_kind", "enabled")
+    __slots__ = ("_refusals", "_alike", "_kind", "enabled")
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._account = 0
+        self._refusals = 0
         self._alike = 0
         self._kind = ""
 
     def succeeded(self) -> None:
-        self._account = self._alike = 0
+        self._refusals = self._alike = 0
 
-    def account(self, failure: Failure) -> str | None:
-        """An attempt was refused for the account's sake (`policy.retry.ACCOUNT_KINDS`)."""
-        self._account += 1
-        if self.enabled and self._account >= ACCOUNT_LIMIT:
+    def refused(self, failure: Failure) -> str | None:
+        """A row was given up for no fault of its own (`policy.retry.NOT_THE_ROWS`)."""
+        self._refusals += 1
+        if self.enabled and self._refusals >= REFUSALS:
             return f"{failure.kind}: {failure.message}"
         return None
 
     def row_failed(self, failure: Failure) -> str | None:
         """A row has been given up after its last attempt."""
-        if not self.enabled or failure.kind in OF_THE_ROW or failure.kind in ACCOUNT_KINDS:
+        if not self.enabled or failure.kind in OF_THE_ROW or failure.kind in NOT_THE_ROWS:
             return None
         self._alike = self._alike + 1 if failure.kind == self._kind else 1
         self._kind = failure.kind

@@ -20,6 +20,9 @@ RATE_LIMIT_PATIENCE_S = 3600.0
 ACCOUNT_KINDS = frozenset({"auth", "permission", "quota"})
 """The account's trouble, not the row's: such a row stays pending and is asked when the cause is mended."""
 
+NOT_THE_ROWS = ACCOUNT_KINDS | {"connect", "tls", "redirect"}
+"""What says nothing about the row: nobody to ask, or nobody who may be asked."""
+
 _BASE_S = {"rate_limit": 1.0, "overloaded": 1.0}  # others: a quarter of a second
 _UNCOUNTED = frozenset({"rate_limit"})
 
@@ -55,3 +58,9 @@ class RetryPolicy(msgspec.Struct, frozen=True):
         same = sum(f.kind == last.kind for f in failures)
         ceiling = min(BACKOFF_CAP_S, _BASE_S.get(last.kind, 0.25) * 2.0 ** (min(same, 20) - 1))
         return uniform(0.0, ceiling)
+
+
+def daily_limit(failure: Failure) -> bool:
+    """A 429 whose text names the day: not the account's end, only today's (ShuttleAI, Gemini)."""
+    words = failure.message.lower()
+    return failure.kind == "quota" and failure.status == 429 and ("daily" in words or "per day" in words)

@@ -1,6 +1,6 @@
 """The whole wire corpus over real HTTP, through the command line: every case right, no cut stream taken for a success.
 
-    pytest tests/conformance -s          prints right / wrong / silent false successes
+pytest tests/conformance -s          prints right / wrong / silent false successes
 """
 
 from __future__ import annotations
@@ -154,10 +154,14 @@ def test_a_case_comes_out_right_over_http(case: Case, replayed: dict[str, dict[s
     assert differences(case, replayed[case.id]) == []
 
 
-def test_no_broken_stream_is_taken_for_a_success(replayed: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_broken_stream_is_taken_for_a_success(
+    replayed: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     cases = stream_cases()
     right = sum(not differences(case, replayed[case.id]) for case in cases)
     false = [case.id for case in cases if case.expect["state"] != "complete" and replayed[case.id]["status"] == "ok"]
     with capsys.disabled():
-        print(f"\nconformance: {len(cases)} cases, {right} right, {len(cases) - right} wrong, {len(false)} silent false successes")
+        print(
+            f"\nconformance: {len(cases)} cases, {right} right, {len(cases) - right} wrong, {len(false)} silent false successes"
+        )
     assert false == []

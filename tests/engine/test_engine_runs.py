@@ -14,7 +14,7 @@ from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
 from batchstream.errors import StoppedError, UsageError
 from batchstream.job import Job
 from batchstream.records import Delta, Result
-from batchstream.run import Report, run
+from batchstream.launch.here import Report, run
 
 
 def write(folder: Path, count: int, **extra: Any) -> str:
@@ -65,7 +65,9 @@ def test_max_time_drains_and_stops(tmp_path: Path) -> None:
         assert report.summary.rows.ok == simulator.ledger.requests
 
 
-@pytest.mark.parametrize(("key", "kind"), [("shuttle-nofunds", "quota"), ("shuttle-suspended", "permission"), ("x", "auth")])
+@pytest.mark.parametrize(
+    ("key", "kind"), [("shuttle-nofunds", "quota"), ("shuttle-suspended", "permission"), ("x", "auth")]
+)
 def test_trouble_with_the_account_stops_the_run_and_leaves_the_rows_pending(
     tmp_path: Path, key: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +117,12 @@ def test_an_endpoint_that_only_fails_stops_the_run_before_all_rows_are_burnt(tmp
 def test_nobody_listening_ends_with_exit_4_and_everything_pending(tmp_path: Path) -> None:
     with running() as simulator:
         base_url = simulator.base_url
-    report = run(Job(input=write(tmp_path, 30), base_url=base_url, model="m", max_attempts=2))
-    assert report.exit_code == 4
-    assert "connect" in report.message
+    for count in (1, 30):
+        report = run(Job(input=write(tmp_path, count), base_url=base_url, model="m", max_attempts=2, new_job=True))
+        assert report.exit_code == 4
+        assert "connect" in report.message
+        assert report.summary is not None
+        assert report.summary.rows.total == 0
 
 
 def test_a_wait_longer_than_max_wait_stops_with_exit_5(tmp_path: Path) -> None:
@@ -126,6 +131,17 @@ def test_a_wait_longer_than_max_wait_stops_with_exit_5(tmp_path: Path) -> None:
         assert report.exit_code == 5
         assert "4000" in report.message
         assert simulator.ledger.requests == 3
+
+
+def test_a_daily_limit_stops_with_exit_5_and_leaves_the_rest_pending(tmp_path: Path) -> None:
+    source = write(tmp_path, 30)
+    with running(SimulateConfig(tokens=4, gap=0.01, rpd=5)) as simulator:
+        report = go(simulator, source, concurrency=2)
+        assert report.exit_code == 5
+        assert "daily" in report.message
+        assert report.summary is not None
+        assert (report.summary.rows.ok, report.summary.rows.failed) == (5, 0)
+        assert simulator.ledger.requests <= 8
 
 
 def test_a_429_closes_the_gate_for_everybody_until_the_stated_time(tmp_path: Path) -> None:

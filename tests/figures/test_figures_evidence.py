@@ -34,13 +34,13 @@ def test_a_client_within_all_limits_is_trusted():
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("loop_lag_p99_s", 0.0042, "event loop 4.2 ms late at p99 (limit 2 ms): use fewer streams or more workers"),
+        ("loop_lag_p99_s", 0.0042, "event loop 4.2 ms late at p99 (limit 2 ms): use fewer streams"),
         ("loop_lag_max_s", 0.25, "event-loop stall of 250 ms (limit 100 ms): maxima and p99.9 may be the client's; "
                                  "look for other load on this machine"),
         ("gc_pause_max_s", 0.12, "garbage-collection pause of 120 ms (limit 100 ms): maxima and p99.9 may be the "
-                                 "client's; use more workers with fewer streams each"),
-        ("cpu_share", 0.97, "client used 97% of a core (limit 85%): use fewer streams or more workers"),
-        ("gc_pause_total_s", 2.5, "2.5% of the run went into garbage collection (limit 1%): use more workers"),
+                                 "client's; use fewer streams"),
+        ("cpu_share", 0.97, "client used 97% of a core (limit 85%): use fewer streams"),
+        ("gc_pause_total_s", 2.5, "2.5% of the run went into garbage collection (limit 1%): use fewer streams"),
         ("schedule_slip_p99_s", 0.05, "requests left 50.0 ms late at p99 (limit 5 ms): lower the rate or use more "
                                       "workers"),
     ],

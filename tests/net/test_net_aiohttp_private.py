@@ -18,6 +18,9 @@ def test_nothing_else_in_the_package_reaches_into_aiohttp() -> None:
     root = Path(batchstream.__file__).parent
     private = ("aiohttp.client_proto", "aiohttp.connector", "aiohttp.helpers", "._factory", "._parser")
     users = {
-        path.name for path in root.rglob("*.py") for name in private if name in path.read_text() and "/wire/" not in str(path)
+        path.name
+        for path in root.rglob("*.py")
+        for name in private
+        if name in path.read_text() and "/wire/" not in str(path)
     }
     assert users == {"aiohttp_private.py"}

@@ -14,6 +14,7 @@ from scripted import Wire, serving
 
 from batchstream.errors import InputError
 from batchstream.net.deadlines import Limits
+from batchstream.net.fast import PROBATION_S
 from batchstream.net.transport import Transport
 from batchstream.records import Failure
 from batchstream.wire.reception import Reception
@@ -36,14 +37,18 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-async def ask(base: str, path: str, limits: Limits = PATIENT, transport: Transport | None = None) -> tuple[Reception, Failure | None]:
+async def ask(
+    base: str, path: str, limits: Limits = PATIENT, transport: Transport | None = None
+) -> tuple[Reception, Failure | None]:
     """One request; the failure is the connection's, or else the reception's."""
     if transport is None:
         async with Transport(connect_timeout=limits.connect, path=path) as transport:  # type: ignore[arg-type]
             return await ask(base, path, limits, transport)
     reception = Reception("chat")
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
-    _, failure = await transport.exchange(yarl.URL(base) / "v1/chat/completions", headers, b'{"a":1}', reception, limits)
+    _, failure = await transport.exchange(
+        yarl.URL(base) / "v1/chat/completions", headers, b'{"a":1}', reception, limits
+    )
     return reception, failure or (reception.outcome()[1] if reception.status is not None else None)
 
 
@@ -118,7 +123,32 @@ async def test_a_connection_is_used_again_after_a_clean_end(path: str) -> None:
     async with serving(handler) as base, Transport(path=path) as transport:  # type: ignore[arg-type]
         for _ in range(5):
             assert (await ask(base, path, transport=transport))[1] is None
+            await asyncio.sleep(2 * PROBATION_S)
     assert connections == {1}
+
+
+async def test_a_server_that_closes_after_each_answer_without_saying_so_loses_no_request() -> None:
+    async def handler(wire: Wire) -> None:
+        await wire.request()
+        await wire.send(CHUNKED + chunk(ANSWER), b"0\r\n\r\n")
+        await asyncio.sleep(0.002)  # late enough for the next request to be on its way
+
+    async with serving(handler) as base, Transport(path="fast") as transport:
+        for _ in range(50):
+            assert (await ask(base, "fast", transport=transport))[1] is None
+
+
+async def test_a_kept_connection_that_was_closed_meanwhile_is_not_used() -> None:
+    async def handler(wire: Wire) -> None:
+        for _ in range(3):
+            await wire.request()
+            await wire.send(CHUNKED + chunk(ANSWER), b"0\r\n\r\n")
+            await asyncio.sleep(3 * PROBATION_S)
+
+    async with serving(handler) as base, Transport(path="fast") as transport:
+        for _ in range(8):
+            assert (await ask(base, "fast", transport=transport))[1] is None
+            await asyncio.sleep(4 * PROBATION_S)
 
 
 async def test_bytes_behind_the_answer_never_become_the_next_one(path: str) -> None:
@@ -150,7 +180,10 @@ async def test_an_answer_that_is_complete_does_not_wait_for_the_end_of_the_conne
 CUTS = {
     "between events": CHUNKED + chunk(delta("Hel")),
     "inside an event": CHUNKED + chunk(delta("Hel") + delta("lo")[:20]),
-    "inside a character": CHUNKED + chunk(delta("Hel")) + b"40\r\n" + 'data: {"choices":[{"delta":{"content":"ö'.encode()[:-1],
+    "inside a character": CHUNKED
+    + chunk(delta("Hel"))
+    + b"40\r\n"
+    + 'data: {"choices":[{"delta":{"content":"ö'.encode()[:-1],
     "inside a chunk": CHUNKED + chunk(delta("Hel")) + b"ff\r\ndata: ",
     "inside a chunk size": CHUNKED + chunk(delta("Hel")) + b"f",
     "short of its length": HEAD + b"Content-Length: 9999\r\n\r\n" + delta("Hel"),

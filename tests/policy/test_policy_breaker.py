@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from batchstream.policy.breaker import ACCOUNT_LIMIT, ALIKE_LIMIT, Breaker
+from batchstream.policy.breaker import REFUSALS, ALIKE_LIMIT, Breaker
 from batchstream.records import Failure
 
 AUTH = Failure("auth", "bad key", retryable=False, status=401)
@@ -9,15 +9,15 @@ SERVER = Failure("server", "boom", retryable=True, status=500)
 
 def test_the_third_refusal_of_the_account_in_a_row_stops_the_run() -> None:
     breaker = Breaker()
-    reasons = [breaker.account(AUTH) for _ in range(ACCOUNT_LIMIT)]
+    reasons = [breaker.refused(AUTH) for _ in range(REFUSALS)]
     assert reasons == [None, None, "auth: bad key"]
 
 
 def test_a_success_begins_the_count_anew() -> None:
     breaker = Breaker()
     for _ in range(10):
-        assert breaker.account(AUTH) is None
-        assert breaker.account(AUTH) is None
+        assert breaker.refused(AUTH) is None
+        assert breaker.refused(AUTH) is None
         breaker.succeeded()
 
 
@@ -43,4 +43,4 @@ def test_a_file_full_of_rows_too_long_for_the_model_is_worked_off() -> None:
 
 def test_off_means_off() -> None:
     breaker = Breaker(enabled=False)
-    assert all(breaker.account(AUTH) is None and breaker.row_failed(SERVER) is None for _ in range(10 * ALIKE_LIMIT))
+    assert all(breaker.refused(AUTH) is None and breaker.row_failed(SERVER) is None for _ in range(10 * ALIKE_LIMIT))

@@ -107,7 +107,7 @@ gap_max   longest gap between two events with output (events, not tokens)
 queue     due (allowed to start) → sent
 
 Client    degraded: event loop 9.4 ms late at p99 (limit 2 ms): use fewer
-          streams or more workers
+          streams
           event-loop stall of 320 ms (limit 100 ms): maxima and p99.9 may be the
           client's; look for other load on this machine
 Results   out/answers of today.jsonl

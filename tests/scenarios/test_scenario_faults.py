@@ -198,6 +198,8 @@ def test_prompts_from_stdin_are_kept_for_the_next_start(tmp_path: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in prompts(30))
     with running(SimulateConfig(tokens=4)) as simulator:
         args = command(*against(simulator, "run", "-", "-o", "out.jsonl"))
-        done = subprocess.run(args, input=text, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            args, input=text, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         check_rows(rows_of(tmp_path / "out.jsonl"), 30)

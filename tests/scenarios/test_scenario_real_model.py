@@ -22,7 +22,12 @@ if importlib.util.find_spec("xllamacpp") is None:
         pytest.fail("xllamacpp is not installed; in CI the real model must be met", pytrace=False)
     pytest.skip("xllamacpp is not installed (extra `local`)", allow_module_level=True)
 
-PROMPTS = ["Name the capital of France.", "Count from one to five.", "Was ist ein Hund? 🐶", "Write one line of Python."]
+PROMPTS = [
+    "Name the capital of France.",
+    "Count from one to five.",
+    "Was ist ein Hund? 🐶",
+    "Write one line of Python.",
+]
 PARAMS = {"temperature": 0, "seed": 1, "max_tokens": 24}
 API_OF = {"chat": "chat/completions", "completions": "completions", "responses": "responses", "messages": "messages"}
 
@@ -55,7 +60,9 @@ def whole(api: str, base_url: str, prompt: str) -> tuple[str, int, int]:
     if api == "responses":
         body["max_output_tokens"] = body.pop("max_tokens")
         answer = post(base_url, API_OF[api], {**body, "input": prompt})
-        text = "".join(part["text"] for item in answer["output"] if item["type"] == "message" for part in item["content"])
+        text = "".join(
+            part["text"] for item in answer["output"] if item["type"] == "message" for part in item["content"]
+        )
         return text, answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]
     answer = post(base_url, API_OF[api], {**body, "messages": messages})
     text = "".join(block["text"] for block in answer["content"] if block["type"] == "text")

@@ -194,7 +194,7 @@ class _Run:
         figures = await asyncio.to_thread(self._summary, journal, None, exit_code, final.rows)
         message = f"finished before ({final.rows} rows); nothing was sent"
         if exit_code:
-            message = f"{message}; {_too_many(final.failed, self._job.max_failures)}"
+            message = f"{message}; {_too_many(figures, self._job.max_failures)}"
         return self._report(journal, exit_code, message, figures, published=True)
 
     async def _serve(self, source: Source, journal: JournalDir) -> Report:
@@ -206,9 +206,9 @@ class _Run:
         gauges = Gauges()
         try:
             async with opened(job, self._plan) as target:
-                gauges.start()
                 try:
                     with quiet_gc(), self._watch(self.progress):
+                        gauges.start()
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             self.progress, self._control, self._hooks, rpm=self._plan.rpm,
@@ -249,9 +249,9 @@ class _Run:
         total = before + self._yielded
         failed = self.progress.failed + (0 if job.retry_failed else journal.recovered.failed)
         exit_code = 3 if failed > job.max_failures else 0
-        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso())
+        journal.publish(rows=total, exit_code=exit_code, finished=now_iso())
         figures = self._summary(journal, None, exit_code, total)
-        message = _too_many(final.failed, job.max_failures) if exit_code else "finished"
+        message = _too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
     def _clean(self, stop: Stop) -> Stop:
@@ -383,8 +383,15 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _too_many(failed: int, allowed: int) -> str:
-    return f"{failed} rows failed, {allowed} allowed (--max-failures); --retry-failed asks them again"
+def _too_many(figures: Summary, allowed: int) -> str:
+    """Why a finished run is no success, and what helps."""
+    failed, invalid = figures.rows.failed, figures.rows.invalid
+    said = f"{failed} rows failed, {allowed} allowed (--max-failures)"
+    if invalid:
+        said += f"; {invalid} of them are malformed and were not sent: see their error, mend them, start over with --new-job"
+    if failed > invalid:
+        said += "; --retry-failed asks the failed ones again"
+    return said
 
 
 def _listen(control: Control) -> Callable[[], None]:

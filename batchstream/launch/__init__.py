@@ -1,0 +1,1 @@
+"""Launchers: the shards of a job, here or elsewhere."""
