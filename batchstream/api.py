@@ -18,9 +18,9 @@ from batchstream.engine.outcome import result_of
 from batchstream.engine.runner import Stop, iso
 from batchstream.files import results
 from batchstream.job import Job
+from batchstream.launch.here import run_async
 from batchstream.policy.retry import RetryPolicy
 from batchstream.records import Attempt, Delta, Request, Result
-from batchstream.launch.here import run_async
 from batchstream.shard import Control, Hooks, limits_of, transport_for
 from batchstream.wire.body import build_body
 

@@ -20,9 +20,9 @@ from batchstream.job import Job
 if TYPE_CHECKING:
     from batchstream.engine.progress import Progress
     from batchstream.figures.summary import Summary
+    from batchstream.launch.here import Report
     from batchstream.records import Failure, Request
     from batchstream.report.progress import Display
-    from batchstream.launch.here import Report
 
 HELP = """Ask every row of SOURCE and keep every answer.
 

@@ -11,7 +11,6 @@ import msgspec
 
 from batchstream.errors import StoppedError, UsageError
 
-
 SECRET_LENGTH = 12
 """Shorter keys are placeholders for servers that want any ("x", "EMPTY", "ollama"): words that answers are made of."""
 
@@ -59,9 +58,10 @@ def find_key(
 def _from_environment(name: str, environ: Mapping[str, str]) -> str:
     value = environ.get(name, "").strip()
     if not value:
+        state = "empty" if name in environ else "not set"
         raise StoppedError(
-            f"no API key: expected it in the environment variable {name}, which is {'empty' if name in environ else 'not set'};"
-            f" set it, or name another with --api-key-env or --api-key-file"
+            f"no API key: expected it in the environment variable {name}, which is {state};"
+            " set it, or name another with --api-key-env or --api-key-file"
         )
     return value
 

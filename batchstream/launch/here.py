@@ -388,7 +388,7 @@ def _too_many(figures: Summary, allowed: int) -> str:
     failed, invalid = figures.rows.failed, figures.rows.invalid
     said = f"{failed} rows failed, {allowed} allowed (--max-failures)"
     if invalid:
-        said += f"; {invalid} of them are malformed and were not sent: see their error, mend them, start over with --new-job"
+        said += f"; {invalid} of them are malformed and were not sent: mend them and start over with --new-job"
     if failed > invalid:
         said += "; --retry-failed asks the failed ones again"
     return said

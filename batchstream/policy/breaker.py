@@ -18,7 +18,7 @@ OF_THE_ROW = frozenset({"context_length", "content_filter"})
 class Breaker:
     """Counts what ended in a row. `refused` and `row_failed` return the reason to stop, or None."""
 
-    __slots__ = ("_refusals", "_alike", "_kind", "enabled")
+    __slots__ = ("_alike", "_kind", "_refusals", "enabled")
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled

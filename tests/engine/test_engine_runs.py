@@ -1,4 +1,4 @@
-"""Runs through the Python API against the simulated endpoint: stops, budgets, retries, gates, and what stays pending."""
+"""Runs through the Python API against the simulated endpoint: stops, budgets, retries, gates, what stays pending."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batchstream.api import read_results, stream, stream_results
 from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
 from batchstream.errors import StoppedError, UsageError
 from batchstream.job import Job
-from batchstream.records import Delta, Result
 from batchstream.launch.here import Report, run
+from batchstream.records import Delta, Result
 
 
 def write(folder: Path, count: int, **extra: Any) -> str:

@@ -402,7 +402,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for localhost (not for 127.0.0.1)."""
     folder = tmp_path_factory.mktemp("tls")
     key, cert = folder / "key.pem", folder / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2",
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert),
+               "-days", "2",
                "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return cert, key
@@ -447,5 +448,5 @@ async def test_a_handshake_that_breaks_off_is_retryable(path: str) -> None:
 
 
 def test_a_ca_file_that_cannot_be_read_is_one_clear_line() -> None:
-    with pytest.raises(InputError, match="--ca-file /nowhere/ca.pem: expected a readable PEM file"):
+    with pytest.raises(InputError, match=r"--ca-file /nowhere/ca\.pem: expected a readable PEM file"):
         Transport(ca_file="/nowhere/ca.pem")

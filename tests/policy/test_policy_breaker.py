@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from batchstream.policy.breaker import REFUSALS, ALIKE_LIMIT, Breaker
+from batchstream.policy.breaker import ALIKE_LIMIT, REFUSALS, Breaker
 from batchstream.records import Failure
 
 AUTH = Failure("auth", "bad key", retryable=False, status=401)

@@ -96,7 +96,7 @@ def test_a_killed_run_is_completed_by_the_same_command(tmp_path: Path, name: str
             assert not (tmp_path / name).exists()
         done = batchstream(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        killed = [entry for entry in simulator.ledger.entries]
+        killed = list(simulator.ledger.entries)
         digests = [entry.digest for entry in killed if entry.finished and entry.status == 200]
         summary = json.loads((tmp_path / f"{name}.summary.json").read_text())
         # Rows whose answer went out twice were in flight at a kill: at most as many as there are slots, for each kill.

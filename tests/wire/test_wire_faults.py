@@ -109,6 +109,7 @@ def test_the_status_alone_gives_the_kind(status: int, expected: str) -> None:
         (404, {"type": "invalid_request_error", "code": "model_not_found"}, "not_found"),
         (400, {"type": "authentication_error"}, "auth"),
         (429, {"type": "api_error"}, "rate_limit"),
+        (500, {"type": "invalid_request_error"}, "server"),
         (503, {"type": "overloaded_error"}, "overloaded"),
         (500, {"type": "rate_limit_error"}, "rate_limit"),
         (500, {"code": "server_is_overloaded"}, "overloaded"),

@@ -233,6 +233,7 @@ def test_reasoning_in_two_fields_counts_once_and_in_turn_counts_twice() -> None:
         reasoning({"reasoning": "a", "reasoning_details": [{"text": "a"}]}, {"reasoning_details": [{"summary": "b"}]})
         == "ab"
     )
+    assert reasoning({"reasoning": "a b", "reasoning_details": [{"summary": "x"}]}, {"reasoning": "c"}) == "a bc"
     assert reasoning({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}]}) == "t"
     assert reasoning({"reasoning": "ha"}, {"reasoning": "ha"}) == "haha"
 
@@ -355,6 +356,25 @@ def test_only_fragments_that_say_something_are_output() -> None:
         receive(data(delta(audio={"id": "x", "expires_at": 3}), delta(audio={"data": "AA"}), "[DONE]")).ttfo_event == 2
     )
     assert receive(data(delta(reasoning="r"), delta(refusal="no"), "[DONE]")).ttfo_event == 2
+
+
+def test_a_listener_hears_surrogate_halves_joined_and_each_kind_of_text() -> None:
+    heard: list[tuple[int, str, str]] = []
+    reception = Reception("chat", on_delta=lambda piece: heard.append((piece.index, piece.kind, piece.text)))
+    reception.head(200, [], 0.0)
+    halves = ['{"choices":[{"delta":{"content":"' + half + '"}}]}' for half in ("a\\ud83d", "\\ude80")]
+    body = data(
+        delta(reasoning="r"), *halves, call(0, "i", "f"), call(0, None, None, "{}"), delta(refusal="no", index=1)
+    )
+    reception.feed(body.encode(), 1.0)
+    assert heard == [
+        (0, "reasoning", "r"),
+        (0, "content", "a"),
+        (0, "content", "\N{ROCKET}"),
+        (0, "tool_call", "f"),
+        (0, "tool_call", "{}"),
+        (1, "refusal", "no"),
+    ]
 
 
 # The other APIs
