@@ -126,21 +126,20 @@ def conclude(job: Job, report: Report, voice: Voice) -> int:
     """Say how the run ended and write its summary. Returns the exit code."""
     for warning in report.warnings:
         voice.warning(warning)
-    code = report.exit_code
+    code, message = report.exit_code, report.message
+    if report.stop is not None and report.stop.cause == "account":
+        message = voice.blamed(message)
     if report.summary is not None:
-        figures = report.summary
-        voice.summary(figures)
+        voice.summary(report.summary)
         try:
-            _write_summary(job, report, figures)
+            _write_summary(job, report, report.summary)
         except StorageError as error:
-            voice.warning(f"the summary could not be written: {error}")
+            message = f"{message}; but the summary could not be written: {error}"
             code = code or error.exit_code
     if code:
-        account = report.stop is not None and report.stop.cause == "account"
-        message = voice.blamed(report.message) if account else report.message
         voice.error(again(message, code, "run"), code)
-    elif report.message != "finished":
-        voice.note(report.message)
+    elif message != "finished":
+        voice.note(message)
     return code
 
 
@@ -153,12 +152,12 @@ def _write_summary(job: Job, report: Report, figures: Summary) -> None:
     beside = summary_path(report.output)
     # A run that had nothing left to do knows less than the one before it, which knew its speed: keep that.
     if figures.throughput.rows or report.stop is not None or not beside.exists():
-        fsio.replace_file(fsio.disk, beside, data)
+        fsio.replace_file(fsio.disk, beside, data, mode=0o666)
     if job.summary_json == "-":
         with suppress(BrokenPipeError):  # nobody reads it any more; the run ended as it ended
             emit(data)
     elif job.summary_json is not None:
-        fsio.replace_file(fsio.disk, Path(job.summary_json), data)
+        fsio.replace_file(fsio.disk, Path(job.summary_json), data, mode=0o666)
 
 
 def summary_path(output: Path) -> Path:

@@ -70,6 +70,20 @@ def test_a_summary_without_a_directory_is_refused_before_the_first_request(
     assert "--summary-json no/where.json" in last(done.stderr)
 
 
+def test_a_summary_that_cannot_be_written_is_not_passed_over(prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    done = batchstream("run", prompts, "--provider", "sim", "--summary-json", "taken", cwd=tmp_path)
+    assert done.returncode == 14
+    assert "finished; but the summary could not be written: taken: " in last(done.stderr)
+    assert len(rows_of(tmp_path / "prompts.results.jsonl")) == 12
+
+
+def test_a_summary_is_as_readable_as_other_files(prompts: Path, tmp_path: Path) -> None:
+    batchstream("run", prompts, "--provider", "sim", "-q", cwd=tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.glob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_log_format_json_makes_every_line_of_stderr_an_object(prompts: Path, tmp_path: Path) -> None:
     faulty = ["--sim", "faults=500(times=1)=1", "--sim", "tokens=4", "-v", "--log-format", "json"]
     done = batchstream("run", prompts, "--provider", "sim", *faulty, cwd=tmp_path)
