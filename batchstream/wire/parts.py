@@ -202,14 +202,16 @@ class Calls:
 
         With an index: the call of that index, unless another id comes with a name while the arguments so far
         are whole or empty (gateways give every parallel call index 0). Without: a known id is that call, a new
-        id a new one, no id the latest; only a name with arguments behind whole arguments opens another.
+        id a new one, no id the latest. Where the call so far has no id to differ from, a name with arguments behind
+        whole arguments opens another: appended, they would make both useless.
         """
         if index is not None:
             call = self._by_index.get(index)
             if call is None:
                 return self.open(index)
-            if identity and name and call.id and identity != call.id and (call.is_empty() or call.is_whole()):
-                return self.open(index)
+            if identity and name and identity != call.id:
+                settled = call.is_empty() or call.is_whole() if call.id else arguments and call.name and call.is_whole()
+                return self.open(index) if settled else call
             return call
         if identity:
             return self._by_id.get(identity) or self.open(None)

@@ -40,19 +40,14 @@ def merged(known: dict[str, Any] | None, news: Any) -> dict[str, Any] | None:
 def normalise_usage(raw: dict[str, Any]) -> Usage:
     """`raw` under our names (records.Usage). A missing total is the sum of its parts; nonsense is None.
 
-    Anthropic counts cached prompt tokens apart from `input_tokens`; its prompt total here is the sum of
-    `input_tokens`, `cache_read_input_tokens` and `cache_creation_input_tokens`.
+    Anthropic's `input_tokens` leave out what was read from its cache (`cached_tokens` here); OpenAI's
+    `prompt_tokens` contain it. The counts are passed on as they were sent.
     """
     prompt = _first(raw, "prompt_tokens", "input_tokens")
     completion = _first(raw, "completion_tokens", "output_tokens")
     cached = _details(raw, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
     if cached is None:
-        cached = _first(raw, "cached_tokens", "prompt_cache_hit_tokens")
-    read = _count(raw.get("cache_read_input_tokens"))
-    if read is not None and "prompt_tokens" not in raw:
-        cached = read
-        if prompt is not None:
-            prompt += read + (_count(raw.get("cache_creation_input_tokens")) or 0)
+        cached = _first(raw, "cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens")
     reasoning = _details(raw, "reasoning_tokens", "completion_tokens_details", "output_tokens_details")
     if reasoning is None:
         reasoning = _count(raw.get("reasoning_tokens"))

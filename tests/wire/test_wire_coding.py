@@ -63,13 +63,17 @@ def test_several_members_are_one_body(name: str, parts: list[bytes], size: int) 
     assert undone(header, pieces_of(packed + b"\0\0\0padding", size)) == b"".join(parts)
 
 
-@pytest.mark.parametrize("header", ["gzip", "deflate"])
+PLAIN = (STREAM, b": ping\n\n" + STREAM, b"{}", b"[", b"", b"d", b"<html>")
+
+
 @pytest.mark.parametrize(
-    "body", [STREAM, b": ping\n\n" + STREAM, b"{}", b"[", b"", b"d", b"\xef\xbb\xbf" + STREAM, b"<html>"]
+    ("header", "body"),
+    [
+        *((header, body) for header in ("gzip", "deflate") for body in PLAIN),
+        ("gzip", b"\xef\xbb\xbf" + STREAM),  # raw deflate might begin so
+    ],
 )
 def test_a_label_on_a_plain_body_is_seen_through(header: str, body: bytes) -> None:
-    if header == "deflate" and body.startswith(b"\xef"):
-        pytest.skip("a byte order mark looks like deflate")
     for size in (1, 2, 3, len(body) or 1):
         assert undone(header, pieces_of(body, size)) == body
 

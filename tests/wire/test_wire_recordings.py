@@ -21,7 +21,7 @@ EXPECTED: list[tuple[str, str, str, list[str | None], int, int | None, int | Non
     ("llamacpp/16_nonstream", "chat", "complete", ["length"], 0, 36, None, 0),
     ("llamacpp/19_max_tokens_1", "chat", "complete", ["length"], 0, 32, 2, 1),
     ("llamacpp/21_responses", "responses", "complete", ["completed"], 0, 39, 5, 8),
-    ("llamacpp/22_anthropic", "anthropic", "complete", ["max_tokens"], 0, 39, 3, 8),
+    ("llamacpp/22_anthropic", "anthropic", "complete", ["max_tokens"], 0, 9, 3, 8),
     ("llamacpp/32_kv_overflow_1", "chat", "server", [None], 0, None, 2, 92),
     ("llamacpp/34_ping_first", "chat", "truncated", [None], 0, None, 2, 82),
     ("llamacpp/33_no_key_401", "chat", "auth", [], 0, None, None, 0),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchstream.records import Completion, Failure
+from batchstream.records import Completion, Failure, Usage
 from batchstream.wire.reception import Reception
+from batchstream.wire.usage import normalise_usage
 
 DONE = "data: [DONE]\n\n"
 
@@ -291,6 +292,28 @@ def test_usage_is_the_last_snapshot_that_says_something() -> None:
     assert completion(data({**A, "usage": zero}, "[DONE]")).usage is None
 
 
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4}, Usage(3, 4, 7)),
+        ({"input_tokens": 3, "output_tokens": 4, "total_tokens": 9}, Usage(3, 4, 9)),
+        ({"input_tokens": 4, "output_tokens": 9, "cache_read_input_tokens": 100}, Usage(4, 9, 13, cached_tokens=100)),
+        ({"prompt_tokens": 3.0, "completion_tokens": 4.9, "cost": 0.1}, Usage(3, 4, 7)),
+        ({"prompt_tokens": 3, "prompt_tokens_details": None}, Usage(3, None, None)),
+        ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}, Usage(3, cached_tokens=2)),
+        ({"input_tokens_details": {"cached_tokens": 2}, "output_tokens_details": {"reasoning_tokens": 1}},
+         Usage(cached_tokens=2, reasoning_tokens=1)),
+        ({"completion_tokens_details": {"reasoning_tokens": 25}, "completion_tokens": 30},
+         Usage(None, 30, reasoning_tokens=25)),
+        ({"prompt_tokens": -1, "completion_tokens": 10**30, "total_tokens": True}, Usage()),
+        ({"prompt_tokens": float("nan"), "completion_tokens": float("inf"), "total_tokens": "7"}, Usage()),
+        ({}, Usage()),
+    ],
+)  # fmt: skip
+def test_usage_comes_under_one_set_of_names_and_nonsense_is_none(raw: dict[str, Any], expected: Usage) -> None:
+    assert normalise_usage(raw) == expected
+
+
 # Tool calls
 
 
@@ -322,6 +345,8 @@ def test_another_id_with_a_name_behind_whole_arguments_is_another_call() -> None
         ("a", "f", '{"a":1}'),
         ("b", "g", "{}"),
     ]
+    assert calls(call(0, None, "f", "{}"), call(0, "b", "g", "{}")) == [(None, "f", "{}"), ("b", "g", "{}")]
+    assert calls(call(0, None, "f", "{}"), call(0, "b", "f", "")) == [("b", "f", "{}")]
     assert calls(call(0, "a", "f", "{}"), call(0, "b", None, " ")) == [("b", "f", "{} ")]
 
 
