@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -158,15 +159,18 @@ class JournalDir:
         """The rows that remain to be done, the input's identity proven as they are read."""
         return ProvenRows(source, self.recovered)
 
-    def publish(self, *, rows: int, exit_code: int, finished: str) -> Final:
-        """Build OUT from the journal, put it in place, write FINAL.json. `rows`: how many must have an outcome.
+    def publish(
+        self, *, rows: int, exit_code: int, finished: str, observe: Callable[[bytes], None] | None = None
+    ) -> Final:
+        """Build OUT from the journal, put it in place, write FINAL.json. `rows`: how many must have an outcome;
+        `observe` is shown each result as it passes (a summary need not read them all again).
 
         Close the segments first. Blocking; repeatable: a second call gives a byte-identical file.
         Raises DamagedError (a row is missing), StorageError, and UsageError when OUT is not this job's to replace.
         """
         return publish(
             self.out, self.path, self.manifest, self.disk,
-            overwrite=self.overwrite, rows=rows, exit_code=exit_code, finished=finished,
+            overwrite=self.overwrite, rows=rows, exit_code=exit_code, finished=finished, observe=observe,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -38,14 +38,15 @@ def describe(path: Path) -> Published:
 
 
 def publish(out: Path, directory: Path, manifest: Manifest, disk: fsio.Disk, *,
-            overwrite: bool, rows: int, exit_code: int, finished: str) -> Final:  # fmt: skip
+            overwrite: bool, rows: int, exit_code: int, finished: str,
+            observe: Callable[[bytes], None] | None = None) -> Final:  # fmt: skip
     """See JournalDir.publish; `directory` is the journal."""
     recovered = recover(directory, manifest.salt)
     usage: dict[str, int] = {}
     tmp = out.with_name(f".{out.name}.tmp-{manifest.job_id}")
     with fsio.storage_errors(out):
         try:
-            results = _counted(recovered, rows, usage)
+            results = _counted(recovered, rows, usage, observe)
             if out.suffix == ".parquet":
                 from batchstream.files.table import write_parquet
 
@@ -77,7 +78,9 @@ def publish(out: Path, directory: Path, manifest: Manifest, disk: fsio.Disk, *,
     return final
 
 
-def _counted(recovered: Recovered, rows: int, usage: dict[str, int]) -> Iterator[bytes]:
+def _counted(
+    recovered: Recovered, rows: int, usage: dict[str, int], observe: Callable[[bytes], None] | None
+) -> Iterator[bytes]:
     """The results in order; at the end each of `rows` ordinals must have come once."""
     decoder = msgspec.json.Decoder(_Counts)
     last, count = -1, 0
@@ -91,6 +94,8 @@ def _counted(recovered: Recovered, rows: int, usage: dict[str, int]) -> Iterator
                 tokens = getattr(counts.usage, name)
                 if tokens is not None:
                     usage[name] = usage.get(name, 0) + tokens
+        if observe is not None:
+            observe(line)
         yield line
     if count != rows:
         raise DamagedError(

@@ -100,7 +100,7 @@ class _Run:
         self._control = control
         self._hooks = hooks
         self._watch = watch
-        self._started = time.monotonic()
+        self._served_s = 0.0
         self._started_at = now_iso()
         self._yielded = 0
         self._skipped = 0
@@ -191,7 +191,8 @@ class _Run:
     async def _already_done(self, journal: JournalDir, final: Final) -> Report:
         """A finished job: nothing is sent; the exit code is what the rows say."""
         exit_code = 3 if final.failed > self._job.max_failures else 0
-        figures = await asyncio.to_thread(self._summary, journal, None, exit_code, final.rows)
+        stored = await asyncio.to_thread(self._stored, journal)
+        figures = self._summary(journal, stored, None, exit_code)
         message = f"finished before ({final.rows} rows); nothing was sent"
         if exit_code:
             message = f"{message}; {_too_many(figures, self._job.max_failures)}"
@@ -209,11 +210,13 @@ class _Run:
                 try:
                     with quiet_gc(), self._watch(self.progress):
                         gauges.start()
+                        began = time.monotonic()
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             self.progress, self._control, self._hooks, rpm=self._plan.rpm,
                             secret=self._plan.key.secret if self._plan.key else None,
                         )  # fmt: skip
+                        self._served_s = time.monotonic() - began
                 finally:
                     gauges.stop()
                     self._evidence = gauges.evidence()
@@ -244,13 +247,14 @@ class _Run:
         if not complete or (stop is not None and stop.cause == "signal"):
             stop = self._clean(stop or Stop("endpoint", "rows were left over"))
             exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
-            figures = self._summary(journal, stop, exit_code, None)
+            figures = self._summary(journal, self._stored(journal), stop, exit_code)
             return self._report(journal, exit_code, f"stopped: {stop.message}", figures, stop=stop)
         total = before + self._yielded
         failed = self.progress.failed + (0 if job.retry_failed else journal.recovered.failed)
         exit_code = 3 if failed > job.max_failures else 0
-        journal.publish(rows=total, exit_code=exit_code, finished=now_iso())
-        figures = self._summary(journal, None, exit_code, total)
+        tally = Tally(since=self._started_at)
+        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=tally.add)
+        figures = self._summary(journal, (tally, final.duplicates), None, exit_code)
         message = _too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
@@ -259,20 +263,27 @@ class _Run:
         secret = self._plan.key.secret if self._plan.key else None
         return stop if secret is None else msgspec.structs.replace(stop, message=stop.message.replace(secret, "[key]"))
 
-    def _summary(self, journal: JournalDir, stop: Stop | None, exit_code: int, total: int | None) -> Summary:
+    def _stored(self, journal: JournalDir) -> tuple[Tally, int]:
+        """What the journal holds now, counted, and how many answers were bought twice."""
         tally = Tally(since=self._started_at)
         stored = recover(journal.path, journal.manifest.salt)
         for _, result in stored.results():
             tally.add(result)
-        pending = 0 if total is not None else None
-        if total is None and self._exhausted:
-            known = journal.recovered
-            before = known.ok + (0 if self._job.retry_failed else known.failed)
+        return tally, stored.duplicates
+
+    def _summary(self, journal: JournalDir, stored: tuple[Tally, int], stop: Stop | None, exit_code: int) -> Summary:
+        tally, duplicates = stored
+        known = journal.recovered
+        before = known.ok + (0 if self._job.retry_failed else known.failed)
+        pending = None
+        if stop is None:
+            pending = 0
+        elif self._exhausted:
             pending = before + self._yielded - tally.rows
         facts = Run(
             started_at=self._started_at,
             ended_at=now_iso(),
-            elapsed_s=round(time.monotonic() - self._started, 3),
+            elapsed_s=round(self._served_s, 3),
             exit_code=exit_code,
             stop=None if stop is None else stop.message,
             endpoint=self._plan.label,
@@ -280,10 +291,10 @@ class _Run:
             output=str(self._out),
             journal=str(journal.path),
             pending=pending,
-            resumed=journal.recovered.ok + (0 if self._job.retry_failed else journal.recovered.failed),
+            resumed=before,
             skipped=self._skipped,
             asked_again=journal.recovered.asked_again,
-            duplicates=stored.duplicates,
+            duplicates=duplicates,
         )
         return summary(tally, facts, self._evidence)
 

@@ -55,7 +55,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         for api, members in PER_API.items():
             # A 429 closes the lane for what comes after it, so those cases stand at the end.
             rows = [
-                {"prompt": "?", "metadata": {"case": case.id}, **({"n": case.n} if case.n else {}), "id": case.id}
+                {"id": case.id, "prompt": "?", "metadata": {"case": case.id}} | ({"n": case.n} if case.n else {})
                 for case in sorted(members, key=lambda case: case.status == 429)
             ]
             source = folder / f"{api}.jsonl"
