@@ -289,7 +289,7 @@ def forgets_the_directory(patch):
 
 
 def publishes_what_there_is(patch):
-    patch.setattr(publish, "_counted", lambda recovered, rows, usage: (line for _, line in recovered.results()))
+    patch.setattr(publish, "_counted", lambda recovered, rows, usage, observe: (line for _, line in recovered.results()))
 
 
 def unlinks_the_lock(patch):
