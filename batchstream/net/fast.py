@@ -44,6 +44,7 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
         self._exchange: Exchange | None = None
         self._framer: ResponseFramer | None = None
         self._settled: asyncio.Future[None] | None = None
+        self._signs: select.poll | None = None
         self.used = False
 
     def begin(self, exchange: Exchange, settled: asyncio.Future[None]) -> None:
@@ -54,9 +55,10 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
         """Has the server closed this idle connection, or sent what nobody asked for? (One system call.)"""
         if self.transport is None or self.transport.is_closing():
             return True
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN | _HANGUP)
-        return bool(poll.poll(0))
+        if self._signs is None:
+            self._signs = select.poll()
+            self._signs.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN | _HANGUP)
+        return bool(self._signs.poll(0))
 
     @property
     def reusable(self) -> bool:

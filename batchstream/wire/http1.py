@@ -18,6 +18,13 @@ _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n\0]*)?")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
+_FRAMING = frozenset({"connection", "transfer-encoding", "content-length"})
+
+# A server says nearly the same in each response: what was checked once is looked up. Bounded, and only short lines.
+_REMEMBERED = 4096
+_sizes: dict[bytes, int] = {}
+_fields: dict[bytes, tuple[str, str]] = {}
+
 _HEAD, _SIZE, _DATA, _TRAILER, _LENGTH, _CLOSE, _DONE = range(7)
 
 
@@ -29,7 +36,18 @@ class ResponseFramer:
     connection may carry another request.
     """
 
-    __slots__ = ("_persistent", "_rest", "_state", "_tail", "complete", "error", "headers", "status", "surplus")
+    __slots__ = (
+        "_framing",
+        "_persistent",
+        "_rest",
+        "_state",
+        "_tail",
+        "complete",
+        "error",
+        "headers",
+        "status",
+        "surplus",
+    )
 
     def __init__(self) -> None:
         self.status: int | None = None
@@ -37,6 +55,7 @@ class ResponseFramer:
         self.complete = False
         self.error: str | None = None
         self.surplus = False
+        self._framing: dict[str, str] = {}
         self._state = _HEAD
         self._tail = b""
         self._rest = 0  # bytes still to come of the chunk (with its CRLF) or of the body
@@ -109,19 +128,23 @@ class ResponseFramer:
             return None
         self._persistent = match[1] == b"1"
         headers = []
+        framing: dict[str, str] = {}
         for line in lines[1:]:
-            field = _FIELD.fullmatch(line)
+            field = _fields.get(line) or _field(line)
             if field is None:
                 self._fail(f"malformed response header {line[:40]!r}")
                 return None
-            headers.append((field[1].decode("ascii"), field[2].decode("utf-8", "surrogateescape")))
+            headers.append(field)
+            name = field[0].lower()
+            if name in _FRAMING:
+                framing[name] = f"{framing[name]},{field[1]}" if name in framing else field[1]
         self.headers = headers
+        self._framing = framing
         return int(match[2])
 
     def _values(self, name: str) -> list[str]:
-        """All comma-separated members of a header, in lower case."""
-        joined = ",".join(value for key, value in self.headers if key.lower() == name)
-        return [part.strip().lower() for part in joined.split(",") if part.strip()]
+        """All comma-separated members of a header that is about framing, in lower case."""
+        return [part.strip().lower() for part in self._framing.get(name, "").split(",") if part.strip()]
 
     def _choose_framing(self) -> None:
         connection = self._values("connection")
@@ -175,14 +198,18 @@ class ResponseFramer:
                         self._tail = data[position:]
                     break
                 line = data[position:line_end]
-                match = _CHUNK.fullmatch(line)
-                if match is None:
+                size = _sizes.get(line, -1)
+                if size < 0 and (size := _chunk_size(line)) < 0:
                     self._fail(f"expected a chunk size, got {line[:40]!r}")
                     break
-                size = int(match[1], 16)
                 position = line_end + 2
                 if size == 0:
                     state = _TRAILER
+                    continue
+                end = position + size
+                if end + 2 <= length and data.startswith(b"\r\n", end):
+                    pieces.append(data[position:end])
+                    position = end + 2
                     continue
                 rest, state = size + 2, _DATA
             elif state == _DATA:
@@ -236,3 +263,25 @@ class ResponseFramer:
     def _fail(self, message: str) -> None:
         self.error = message
         self._persistent = False
+
+
+def _chunk_size(line: bytes) -> int:
+    """The size that a chunk's first line states, or -1 when it states none."""
+    match = _CHUNK.fullmatch(line)
+    if match is None:
+        return -1
+    size = int(match[1], 16)
+    if len(line) <= 8 and len(_sizes) < _REMEMBERED:
+        _sizes[line] = size
+    return size
+
+
+def _field(line: bytes) -> tuple[str, str] | None:
+    """Name and value of a header line, or None when it is none."""
+    match = _FIELD.fullmatch(line)
+    if match is None:
+        return None
+    field = (match[1].decode("ascii"), match[2].decode("utf-8", "surrogateescape"))
+    if len(line) <= 128 and len(_fields) < _REMEMBERED:
+        _fields[line] = field
+    return field
