@@ -132,19 +132,13 @@ class Call:
         self.arguments: list[str] = []
         self._scanner = Scanner()
         self._scanned = 0  # pieces already given to the scanner: each is scanned once
-        self._whole = False
-        self._spoiled = False
+        self._whole = False  # the last bracket has come
+        self._spoiled = False  # and all the same it is no JSON: nothing can mend it
 
     def is_whole(self) -> bool:
         """Whether the arguments so far are a whole JSON object or array."""
         for piece in self.arguments[self._scanned :]:
-            if self._whole:
-                self._spoiled |= bool(piece.strip())
-                continue
-            data = piece.encode("utf-8", "surrogatepass")
-            end = self._scanner.feed(data)
-            self._whole = end >= 0
-            self._spoiled |= self._whole and bool(data[end:].strip())
+            self._whole = self._whole or self._scanner.feed(piece.encode("utf-8", "surrogatepass")) >= 0
         self._scanned = len(self.arguments)
         if not self._whole or self._spoiled:
             return False

@@ -156,6 +156,10 @@ GROWING: dict[str, Callable[[int], list[bytes]]] = {
         chunk("", delta={"tool_calls": [{"index": 0, "id": f"c{i}", "function": {"name": "f", "arguments": '{"a'}}]})
         for i in range(n)
     ],
+    "calls behind spoiled arguments": lambda n: [
+        chunk("", delta={"tool_calls": [{"index": 0, "id": f"c{i}", "function": {"name": "f", "arguments": "{a}"}}]})
+        for i in range(n)
+    ],
     "annotations": lambda n: [chunk("", delta={"annotations": [{"a": 1}]})] * n,
     "logprobs": lambda n: [chunk("a", logprobs={"content": [{"token": "a", "logprob": -1}]})] * n,
     "reasoning in two fields": lambda n: [chunk("", delta={"reasoning": "a", "reasoning_content": "a"})] * n,

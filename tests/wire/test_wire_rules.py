@@ -234,7 +234,13 @@ def test_reasoning_in_two_fields_counts_once_and_in_turn_counts_twice() -> None:
         reasoning({"reasoning": "a", "reasoning_details": [{"text": "a"}]}, {"reasoning_details": [{"summary": "b"}]})
         == "ab"
     )
-    assert reasoning({"reasoning": "a b", "reasoning_details": [{"summary": "x"}]}, {"reasoning": "c"}) == "a bc"
+    assert (
+        reasoning(
+            {"reasoning": "abd", "reasoning_details": [{"summary": "x"}]},
+            {"reasoning": "c", "reasoning_details": [{"summary": "yy"}]},
+        )
+        == "abdc"
+    )
     assert reasoning({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}]}) == "t"
     assert reasoning({"reasoning": "ha"}, {"reasoning": "ha"}) == "haha"
 
@@ -345,6 +351,7 @@ def test_another_id_with_a_name_behind_whole_arguments_is_another_call() -> None
         ("a", "f", '{"a":1}'),
         ("b", "g", "{}"),
     ]
+    assert calls(call(0, "a", "f", "{a}"), call(0, "b", "g", "{}")) == [("b", "g", "{a}{}")]
     assert calls(call(0, None, "f", "{}"), call(0, "b", "g", "{}")) == [(None, "f", "{}"), ("b", "g", "{}")]
     assert calls(call(0, None, "f", "{}"), call(0, "b", "f", "")) == [("b", "f", "{}")]
     assert calls(call(0, "a", "f", "{}"), call(0, "b", None, " ")) == [("b", "f", "{} ")]
