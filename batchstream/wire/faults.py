@@ -223,8 +223,8 @@ def _stated_status(envelope: Any) -> int | None:
     for layer in _layers(envelope):
         for key in ("raw_status_code", "status_code", "code", "status"):
             value = layer.get(key)
-            if isinstance(value, str) and len(value) < 10 and value.strip().isascii() and value.strip().isdigit():
-                value = int(value)
+            if isinstance(value, str) and (digits := value.strip()).isascii() and digits.isdigit() and len(digits) < 10:
+                value = int(digits)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             if isinstance(value, int) and not isinstance(value, bool) and 300 <= value < 600:

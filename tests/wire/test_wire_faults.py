@@ -128,6 +128,7 @@ def test_codes_beat_the_status_and_wording_only_refines_it(status: int, error: d
         ({"error": {"code": "500", "message": "error 404 upstream"}}, "server", 500),
         ({"error": {"code": "INTERNAL_SERVER_ERROR", "status": 500}}, "server", 500),
         ({"error": {"raw_status_code": 429, "code": 500}}, "rate_limit", 429),
+        ({"error": {"code": " 503\x1f"}}, "overloaded", 503),
         ({"error": {"type": "NotFoundError"}}, "not_found", None),
         ({"error": {"type": "api_error"}}, "server", None),
         ({"error": "Model is overloaded", "error_type": "overloaded"}, "overloaded", None),
