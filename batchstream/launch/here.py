@@ -406,9 +406,13 @@ def _too_many(figures: Summary, allowed: int) -> str:
 
 
 def _listen(control: Control) -> Callable[[], None]:
-    """SIGINT, SIGTERM and SIGHUP: the first drains, the second cuts. Returns what undoes it."""
+    """SIGINT, SIGTERM and SIGHUP: the first drains, the second cuts. Returns what undoes it.
+
+    What we were started to ignore stays ignored: `nohup` means that a closed terminal ends nothing.
+    """
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    listened = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [number for number in listened if signal.getsignal(number) is not signal.SIG_IGN]
 
     def on_signal(number: signal.Signals) -> None:
         if control.stopping:

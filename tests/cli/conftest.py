@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
 
 GOOD_KEY = "shuttle-good-0123456789"
 BAD_KEY = "shuttle-wrong-9876543210"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_works() -> None:
+    """Started in the background by a shell, the tests would hand an ignored SIGINT on to the commands they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -197,6 +197,17 @@ def test_a_signal_drains_the_run_ends_by_it_and_the_same_command_resumes(
     assert [row["row"] for row in rows_of(tmp_path / "prompts.results.jsonl")] == list(range(12))
 
 
+def test_nohup_means_that_a_closed_terminal_ends_nothing(prompts: Path, tmp_path: Path) -> None:
+    line = f"trap '' HUP; exec {sys.executable} -m batchstream run {prompts} {' '.join(SLOW)} -q"
+    run = subprocess.Popen(["sh", "-c", line], cwd=tmp_path, env=environment())
+    journal = tmp_path / "prompts.results.jsonl.journal"
+    while not any(b'"t":"o"' in path.read_bytes() for path in journal.glob("seg-*")):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(60) == 0
+    assert len(rows_of(tmp_path / "prompts.results.jsonl")) == 12
+
+
 def test_a_second_run_is_told_who_holds_the_job(prompts: Path, tmp_path: Path) -> None:
     first = start("run", prompts, *SLOW, "--no-progress", cwd=tmp_path)
     journal = tmp_path / "prompts.results.jsonl.journal"
