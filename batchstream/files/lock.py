@@ -7,6 +7,7 @@ two processes lock two different files of one name). Its text only serves to nam
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -33,7 +34,8 @@ class Lock:
 
     def release(self) -> None:
         if self.fd >= 0:
-            self._disk.close(self.fd)
+            with contextlib.suppress(OSError):  # the kernel has let go of it, whatever a close says
+                self._disk.close(self.fd)
             self.fd = -1
 
 
@@ -62,13 +64,14 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
         disk.truncate(fd, 0)
         fsio.write_all(disk, fd, text)
     except BaseException as error:
-        holder = os.pread(fd, 500, 0).decode("utf-8", "replace").strip()
+        locked = isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.EACCES)
+        by = _said(fd) if locked else ""
         disk.close(fd)
         if not isinstance(error, OSError):
             raise
-        if error.errno in (errno.EAGAIN, errno.EACCES):
+        if locked:
             raise LockedError(
-                f"{out}: another run holds this job ({holder or 'it has not said who it is'}); "
+                f"{out}: another run holds this job ({by or 'it has not said who it is'}); "
                 "wait for it, or use --if-locked skip or --lock-wait"
             ) from None
         raise fsio.storage_error(directory / "LOCK", error) from error
@@ -85,6 +88,16 @@ def _lock_patiently(disk: fsio.Disk, fd: int) -> None:
         else:
             return
     disk.lock(fd)
+
+
+def _said(fd: int) -> str:
+    """Who holds the lock. A holder says so just after it has locked: on a busy machine that takes a moment."""
+    for _ in range(25):
+        text = os.pread(fd, 500, 0).decode("utf-8", "replace").strip()
+        if text:
+            return text
+        time.sleep(0.02)
+    return ""
 
 
 def holder(directory: Path) -> str | None:

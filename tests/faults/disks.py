@@ -9,6 +9,7 @@ hold after the current failed at any moment: only what was synced is sure; of th
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import signal
@@ -49,6 +50,7 @@ class CountingDisk:
     ) -> None:
         """`lasting` names a call that goes on failing once number `at` has (a disk that stays full)."""
         self.log: list[str] = []
+        self.numbers = itertools.count()  # two threads may call at once: each gets a number of its own
         self.at = at
         self.act = act
         self.lasting = lasting
@@ -60,7 +62,7 @@ class CountingDisk:
         real = getattr(self.real, name)
 
         def call(*args):
-            number = len(self.log)
+            number = next(self.numbers)
             self.log.append(name)
             hit = number == self.at or (0 <= self.at < number and name == self.lasting)
             if hit and self.act is not None:
