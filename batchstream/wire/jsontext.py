@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+_SMALL = 1 << 53
 _DEPTH_LIMIT = 64  # containers nested deeper than this hold no answer
 _HEADROOM = 200  # more nesting that must still be writable, for the callers' own stack
 
@@ -67,6 +68,8 @@ def is_cut(text: str) -> bool:
 def storable(value: Any) -> Any:
     """`value` if it can be written as JSON; else a copy that can: unpaired surrogates replaced by U+FFFD, and what
     is nested absurdly deep left out."""
+    if _plain(value, 4):
+        return value
     guarded = value
     for _ in range(_HEADROOM):
         guarded = [guarded]
@@ -75,6 +78,20 @@ def storable(value: Any) -> Any:
     except (UnicodeError, RecursionError, ValueError, OverflowError):
         return _repaired(value, 0)
     return value
+
+
+def _plain(value: Any, depth: int) -> bool:
+    """Surely storable: a few levels of numbers and ASCII text, as nearly every usage object is. Cheaper than trying."""
+    kind = type(value)
+    if kind is str:
+        return bool(value.isascii())
+    if kind is int:
+        return -_SMALL < value < _SMALL
+    if value is None or kind is bool:
+        return True
+    if not depth or kind is not dict:
+        return False
+    return all(_plain(item, depth - 1) and key.isascii() for key, item in value.items())
 
 
 def _repaired(value: Any, depth: int) -> Any:
