@@ -8,6 +8,7 @@ are all made from this one table. Unknown keys are errors, with the nearest righ
 from __future__ import annotations
 
 import difflib
+import functools
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,6 +182,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     no_progress: Annotated[bool, _opt("report", "No live display; plain status lines.")] = False
 
     def __post_init__(self) -> None:
+        for option in options().values():
+            check_type(option, getattr(self, option.name))
         positive = ("concurrency", "connect_timeout", "first_token_timeout", "idle_timeout", "max_attempts",
                     "limit", "sample", "rpm", "total_timeout", "max_time", "max_requests", "max_tokens_total")  # fmt: skip
         for name in positive:
@@ -218,6 +221,7 @@ class Option(msgspec.Struct, frozen=True):
     default: Any
 
 
+@functools.cache
 def options() -> dict[str, Option]:
     """All options by field name, in the order of `Job`."""
     hints = get_type_hints(Job, include_extras=True)
@@ -301,17 +305,26 @@ def make_job(values: Mapping[str, Any], where: str = "") -> Job:
         values["keep"] = tuple(part.strip() for part in values["keep"].split(",") if part.strip())
     for name, value in values.items():
         try:
-            values[name] = msgspec.convert(value, known[name].type, strict=True)
-        except msgspec.ValidationError as error:
-            option = known[name]
-            shown = "" if name in ("header", "sim", "param") else f", got {value!r}"
-            raise UsageError(
-                f"{prefix}[{option.section}] {_key(option)}: {str(error)[0].lower()}{str(error)[1:]}{shown}"
-            ) from None
+            values[name] = check_type(known[name], value)
+        except UsageError as error:
+            raise UsageError(f"{prefix}[{known[name].section}] {error}") from None
     try:
         return Job(**values)
     except UsageError as error:
         raise UsageError(f"{prefix}{error}") from None
+
+
+def check_type(option: Option, value: Any) -> Any:
+    """`value` as the option's type (a whole number is a float as well). Raises `UsageError`."""
+    words = choices(option)
+    if words is not None and value is not None and value not in words:
+        raise UsageError(f"{_key(option)}: expected one of {', '.join(words)}, got {value!r}")
+    try:
+        return msgspec.convert(value, option.type, strict=True)
+    except msgspec.ValidationError as error:
+        said = str(error).replace("`", "")
+        shown = "" if option.name in ("header", "sim", "param") else f": {value!r}"
+        raise UsageError(f"{_key(option)}: {said[0].lower()}{said[1:]}{shown}") from None
 
 
 def choices(option: Option) -> tuple[str, ...] | None:

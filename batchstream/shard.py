@@ -31,9 +31,11 @@ Rows = AsyncIterator[list[Request | InvalidRow]]
 
 class Hooks(msgspec.Struct, frozen=True):
     """What a caller may listen to. `on_durable`: each result once it is on stable storage;
-    `on_failure`: each failed attempt, as it happens, with its number among the row's (1 = the first)."""
+    `on_note`: what a person at the terminal should know now; `on_failure`: each failed attempt, as it
+    happens, with its number among the row's (1 = the first)."""
 
     on_durable: Callable[[Result], None] | None = None
+    on_note: Callable[[str], None] | None = None
     on_failure: Callable[[Request, Failure, int], None] | None = None
 
 

@@ -79,7 +79,7 @@ def figures_of(out: Path, voice: Voice, *, salvage: bool = False) -> Summary:
         stored = read_journal(directory, salvage=salvage)
         rows = (line for _, line in stored.results())
         facts = msgspec.structs.replace(
-            facts, journal=str(directory), asked_again=stored.asked_again, duplicates=stored.duplicates
+            facts, journal=str(directory), unanswered=stored.asked_again, duplicates=stored.duplicates
         )
         _tell_state(directory, stored.skipped_records, voice)
     else:

@@ -51,7 +51,9 @@ def _run(ctx: click.Context, source: str) -> int:
     job = job_of(ctx, source)
     _check_summary_path(job)
     watch = Watch(job, voice)
-    report = run(job, watch=watch.during, hooks=Hooks(on_failure=watch.attempt_failed), handle_signals=True)
+    report = run(
+        job, watch=watch.during, hooks=Hooks(on_failure=watch.attempt_failed, on_note=watch.say), handle_signals=True
+    )
     return conclude(job, report, voice)
 
 
@@ -111,11 +113,16 @@ class Watch:
         fields = {"row": request.row, "id": request.id, "attempt": attempt, **msgspec.structs.asdict(failure)}
         self._notes.put((text, fields))
 
+    def say(self, text: str) -> None:
+        """Something that a person at the terminal should know now (`shard.Hooks`)."""
+        if not self._job.quiet:
+            self._notes.put((text, {}))
+
     def _write_notes(self, display: Display) -> None:
         while (note := self._notes.get()) is not None:
             text, fields = note
             if self._job.log_format == "json":
-                self._voice.event("attempt_failed", text, fields)
+                self._voice.event("attempt_failed" if fields else "note", text, fields)
             else:
                 display.note(self._voice.redact(text))
         if self._left_out:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -81,9 +81,10 @@ async def run_async(
 ) -> Report:
     """See `run`. `control` stops the run from outside."""
     control = control or Control()
-    restore = _listen(control) if handle_signals else None
+    whole = _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext_watch)
+    restore = _listen(control, whole.say_signal) if handle_signals else None
     try:
-        return await _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext_watch).go()
+        return await whole.go()
     finally:
         if restore is not None:
             restore()
@@ -91,6 +92,14 @@ async def run_async(
 
 def nullcontext_watch(progress: Progress) -> AbstractContextManager[Any]:
     return nullcontext(progress)
+
+
+class _Stored(NamedTuple):
+    """What the journal holds, counted; answers bought twice; requests that went out and have no answer."""
+
+    tally: Tally
+    duplicates: int
+    unanswered: int = 0
 
 
 class _Run:
@@ -106,6 +115,18 @@ class _Run:
         self._skipped = 0
         self._exhausted = False
         self._evidence: Evidence | None = None
+        self.progress: Progress | None = None
+
+    def say_signal(self, number: signal.Signals, again: bool) -> None:
+        in_flight = self.progress.in_flight if self.progress is not None else 0
+        if again:
+            text = f"{number.name} again: cutting {in_flight} requests"
+        else:
+            text = f"{number.name}: draining {in_flight} requests (--drain-timeout {self._job.drain_timeout:g} s); again cuts"
+        if self.progress is not None:
+            self.progress.message = text
+        if self._hooks.on_note is not None:
+            self._hooks.on_note(text)
 
     async def go(self) -> Report:
         self._out = output_of(self._job)
@@ -201,19 +222,19 @@ class _Run:
     async def _serve(self, source: Source, journal: JournalDir) -> Report:
         job, recovered = self._job, journal.recovered
         before = recovered.ok + (0 if job.retry_failed else recovered.failed)
-        self.progress = Progress(time.monotonic(), total=None, resumed=before)
-        counting = asyncio.create_task(self._count_rows(source))
+        progress = self.progress = Progress(time.monotonic(), total=None, resumed=before)
+        counting = asyncio.create_task(self._count_rows(source, progress))
         proven = journal.proven(source)
         gauges = Gauges()
         try:
             async with opened(job, self._plan) as target:
                 try:
-                    with quiet_gc(), self._watch(self.progress):
+                    with quiet_gc(), self._watch(progress):
                         gauges.start()
                         began = time.monotonic()
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
-                            self.progress, self._control, self._hooks, rpm=self._plan.rpm,
+                            progress, self._control, self._hooks, rpm=self._plan.rpm,
                             secret=self._plan.key.secret if self._plan.key else None,
                         )  # fmt: skip
                         self._served_s = time.monotonic() - began
@@ -222,7 +243,7 @@ class _Run:
                     self._evidence = gauges.evidence()
         finally:
             counting.cancel()
-        return await asyncio.to_thread(self._conclude, journal, stop, before)
+        return await asyncio.to_thread(self._conclude, journal, progress, stop, before)
 
     def _taken(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
         """The rows to serve, counted; invalid ones left out when they are to be skipped."""
@@ -236,25 +257,27 @@ class _Run:
                 yield taken
         self._exhausted = True
 
-    async def _count_rows(self, source: Source) -> None:
+    async def _count_rows(self, source: Source, progress: Progress) -> None:
         """The total for the display, found in the background; a run does not wait for it."""
-        self.progress.total = await asyncio.to_thread(source.count)
+        progress.total = await asyncio.to_thread(source.count)
 
-    def _conclude(self, journal: JournalDir, stop: Stop | None, before: int) -> Report:
+    def _conclude(self, journal: JournalDir, progress: Progress, stop: Stop | None, before: int) -> Report:
         """After the last request: publish, or say why not."""
         job = self._job
-        complete = self._exhausted and self.progress.done == self._yielded
+        complete = self._exhausted and progress.done == self._yielded
         if not complete or (stop is not None and stop.cause == "signal"):
             stop = self._clean(stop or Stop("endpoint", "rows were left over"))
             exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
-            figures = self._summary(journal, self._stored(journal), stop, exit_code)
-            return self._report(journal, exit_code, f"stopped: {stop.message}", figures, stop=stop)
+            figures = self._summary(journal, self._stored(journal), stop, exit_code, progress.total)
+            return self._report(journal, exit_code, _stopped(stop, figures), figures, stop=stop)
         total = before + self._yielded
-        failed = self.progress.failed + (0 if job.retry_failed else journal.recovered.failed)
+        if total == 0:
+            journal.warnings.append(f"{job.input}: no rows; the results are empty")
+        failed = progress.failed + (0 if job.retry_failed else journal.recovered.failed)
         exit_code = 3 if failed > job.max_failures else 0
         tally = Tally(since=self._started_at)
         final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=tally.add)
-        figures = self._summary(journal, (tally, final.duplicates), None, exit_code)
+        figures = self._summary(journal, _Stored(tally, final.duplicates), None, exit_code)
         message = _too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
@@ -263,16 +286,17 @@ class _Run:
         secret = self._plan.key.secret if self._plan.key else None
         return stop if secret is None else msgspec.structs.replace(stop, message=stop.message.replace(secret, "[key]"))
 
-    def _stored(self, journal: JournalDir) -> tuple[Tally, int]:
-        """What the journal holds now, counted, and how many answers were bought twice."""
+    def _stored(self, journal: JournalDir) -> _Stored:
         tally = Tally(since=self._started_at)
         stored = recover(journal.path, journal.manifest.salt)
         for _, result in stored.results():
             tally.add(result)
-        return tally, stored.duplicates
+        return _Stored(tally, stored.duplicates, stored.asked_again)
 
-    def _summary(self, journal: JournalDir, stored: tuple[Tally, int], stop: Stop | None, exit_code: int) -> Summary:
-        tally, duplicates = stored
+    def _summary(
+        self, journal: JournalDir, stored: _Stored, stop: Stop | None, exit_code: int, total: int | None = None
+    ) -> Summary:
+        tally = stored.tally
         known = journal.recovered
         before = known.ok + (0 if self._job.retry_failed else known.failed)
         pending = None
@@ -280,6 +304,8 @@ class _Run:
             pending = 0
         elif self._exhausted:
             pending = before + self._yielded - tally.rows
+        elif total is not None:
+            pending = total - tally.rows - self._skipped
         facts = Run(
             started_at=self._started_at,
             ended_at=now_iso(),
@@ -293,10 +319,11 @@ class _Run:
             pending=pending,
             resumed=before,
             skipped=self._skipped,
-            asked_again=journal.recovered.asked_again,
-            duplicates=duplicates,
+            asked_again=known.asked_again,
+            unanswered=stored.unanswered,
+            duplicates=stored.duplicates,
         )
-        return summary(tally, facts, self._evidence)
+        return summary(tally, facts, self._evidence if tally.new_rows else None)
 
     def _report(
         self,
@@ -396,17 +423,25 @@ def now_iso() -> str:
 
 def _too_many(figures: Summary, allowed: int) -> str:
     """Why a finished run is no success, and what helps."""
-    failed, invalid = figures.rows.failed, figures.rows.invalid
-    said = f"{failed} rows failed, {allowed} allowed (--max-failures)"
-    if invalid:
-        said += f"; {invalid} of them are malformed and were not sent: mend them and start over with --new-job"
-    if failed > invalid:
-        said += "; --retry-failed asks the failed ones again"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in figures.failures.items())
+    said = f"{figures.rows.failed} rows failed ({kinds}), {allowed} allowed (--max-failures)"
+    if figures.rows.invalid:
+        said += "; `batchstream check` names the malformed lines, nothing was sent for them"
+    return f"{said}; --retry-failed asks the failed rows again, with what was mended in them"
+
+
+def _stopped(stop: Stop, figures: Summary) -> str:
+    """Why a run stopped, and what of it the same command will not do by itself."""
+    said = f"stopped: {stop.message}"
+    if figures.run.unanswered:
+        said += f"; {figures.run.unanswered} requests were cut, may be billed and will be asked again"
+    if figures.rows.failed:
+        said += f"; {figures.rows.failed} rows have failed so far (--retry-failed asks them again)"
     return said
 
 
-def _listen(control: Control) -> Callable[[], None]:
-    """SIGINT, SIGTERM and SIGHUP: the first drains, the second cuts. Returns what undoes it.
+def _listen(control: Control, say: Callable[[signal.Signals, bool], None]) -> Callable[[], None]:
+    """SIGINT, SIGTERM and SIGHUP: the first drains, the second cuts; `say` tells of each. Returns what undoes it.
 
     What we were started to ignore stays ignored: `nohup` means that a closed terminal ends nothing.
     """
@@ -415,9 +450,10 @@ def _listen(control: Control) -> Callable[[], None]:
     signals = [number for number in listened if signal.getsignal(number) is not signal.SIG_IGN]
 
     def on_signal(number: signal.Signals) -> None:
+        say(number, control.stopping)
         if control.stopping:
             control.abort()
-        control.stop(Stop("signal", f"got {number.name}; draining", int(number)))
+        control.stop(Stop("signal", f"got {number.name}", int(number)))
 
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import aiohttp
 import yarl
-from batchstream.wire.reception import Reception
 
 from batchstream.errors import InputError
 from batchstream.net import aiohttp_private
@@ -31,6 +30,7 @@ from batchstream.net.exchange import GRACE_S, Exchange, redirect
 from batchstream.net.fast import FastPath
 from batchstream.records import Failure
 from batchstream.wire.http1 import MAX_HEAD
+from batchstream.wire.reception import Reception
 
 
 class Transport:
@@ -180,6 +180,8 @@ def connection_failure(error: Exception, *, sent: bool) -> Failure:
         return Failure("tls", f"the server's certificate was refused: {reason(error)}", retryable=False)
     if isinstance(error, aiohttp.ClientSSLError):
         return Failure("tls", f"TLS handshake failed: {reason(error)}", retryable=True)
+    if isinstance(error, TimeoutError) and not sent:
+        return Failure("connect", "could not connect (TCP or TLS) within --connect-timeout", retryable=True)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return Failure("connect", f"could not connect: {reason(error)}", retryable=True)
     if isinstance(error, aiohttp.ClientResponseError | ValueError):

@@ -84,7 +84,8 @@ def _facts(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         (rows.invalid, "of the failed invalid, not sent"),
         (run.skipped, "invalid rows skipped"),
         (run.resumed, "done by earlier runs"),
-        (run.asked_again, "asked again, the earlier run died"),
+        (run.unanswered, "asked, no answer yet (in flight or cut)"),
+        (run.asked_again, "asked again (in flight when a run ended)"),
         (run.duplicates, "second results of a row left out"),
     )
     yield "Rows", [_listed([f"{rows.total:,} done", f"{rows.ok:,} ok", failed]), *([more] if more else [])]
@@ -150,7 +151,7 @@ def _closing(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         yield "Client", ["trusted: the figures are the endpoint's, not this machine's"]
     elif summary.verdict is not None:
         yield "Client", [f"degraded: {summary.verdict_reasons[0]}", *summary.verdict_reasons[1:]]
-    if summary.run.output:
+    if summary.run.output and not summary.run.pending and summary.run.stop is None:
         yield "Results", [clean(summary.run.output).replace(" ", _HOLD)]
     if summary.run.journal:
         yield "Journal", [clean(summary.run.journal).replace(" ", _HOLD)]

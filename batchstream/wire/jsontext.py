@@ -86,7 +86,7 @@ def _plain(value: Any, depth: int) -> bool:
     if kind is str:
         return bool(value.isascii())
     if kind is int:
-        return -_SMALL < value < _SMALL
+        return bool(-_SMALL < value < _SMALL)
     if value is None or kind is bool:
         return True
     if not depth or kind is not dict:

@@ -71,7 +71,8 @@ def job(answers: int = 120, run: Run = RUN, evidence: Evidence | None = DEGRADED
 GOLDEN = """\
 Rows      123 done · 120 ok · 3 failed (2.4 %)
           880 still to do · 1 of the failed invalid, not sent ·
-          40 done by earlier runs · 3 asked again, the earlier run died
+          40 done by earlier runs ·
+          3 asked again (in flight when a run ended)
 Stopped   402 three times in a row: the account has no credit
 Failures  2 timeout · 1 invalid_row
 Requests  123, of them 1 retries after 1 rate_limit
@@ -110,7 +111,6 @@ Client    degraded: event loop 9.4 ms late at p99 (limit 2 ms): use fewer
           streams
           event-loop stall of 320 ms (limit 100 ms): maxima and p99.9 may be the
           client's; look for other load on this machine
-Results   out/answers of today.jsonl
 Journal   out/answers of today.jsonl.journal
 """
 
@@ -128,9 +128,9 @@ def test_colour_changes_nothing_but_colour():
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width):
     long_path = "/data/" + "x" * 300
-    text = render_summary(job(run=msgspec.structs.replace(RUN, output=long_path)), width)
+    text = render_summary(job(run=msgspec.structs.replace(RUN, journal=long_path)), width)
     too_long = [line for line in text.splitlines() if len(line) > width]
-    assert too_long == [f"Results   {long_path}"]  # a path stays whole, to be copied
+    assert too_long == [f"Journal   {long_path}"]  # a path stays whole, to be copied
 
 
 def test_a_narrow_terminal_keeps_the_count_the_median_the_tail_and_the_maximum():
