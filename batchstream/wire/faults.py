@@ -125,7 +125,7 @@ def classify(http_status: int | None, headers: Headers, envelope: Any, text: str
     """
     envelope = _unwrapped(envelope)
     status = http_status if http_status is not None else _stated_status(envelope)
-    message = _plain(text) if envelope is None else _message(envelope)
+    message = _message(envelope) if envelope else _plain(text)
     words = message if envelope is None else f"{message} {dumps(envelope)[:_TEXT_SEARCHED]}"
     kind = _kind(list(_codes(envelope)), status, message, words)
     wait = stated_wait(headers, envelope, message)
@@ -193,7 +193,7 @@ def _by_status(status: int | None) -> str | None:
 def _unwrapped(envelope: Any) -> Any:
     """The object that carries the error: of an array (Gemini) its first error."""
     if isinstance(envelope, list):
-        objects = [item for item in envelope if isinstance(item, dict)]
+        objects = [item for item in envelope if isinstance(item, dict) and item]
         return next((item for item in objects if is_error(item)), objects[0] if objects else None)
     return envelope
 

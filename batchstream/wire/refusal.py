@@ -51,8 +51,9 @@ class Refusal:
             except DamagedError as damage:
                 found = damage.before
             for document in found:
-                if document is SENTINEL:
-                    continue
+                items = document if isinstance(document, list) else [document]
+                if document is SENTINEL or not any(isinstance(item, dict) and item for item in items):
+                    continue  # nothing that could be an error
                 if self._envelope is None:
                     self._envelope = document
                 if event.origin != "data" or is_error(document, event.type):

@@ -324,6 +324,7 @@ def refused(body: str, status: int = 429, end: str = "close", size: int = 5) -> 
         json.dumps([{"error": {"code": "insufficient_quota", "message": "m"}}]),
         'data: {"error":{"code":"insufficient_quota","message":"m"}}\n\n',
         'event: error\ndata: {"code":"insufficient_quota","message":"m"}\n\n',
+        '{}\n[]\n{"error":{"code":"insufficient_quota","message":"m"}}',
         'data: {"id":1}\n\ndata: {"error":{"code":"insufficient_quota","message":"m"}}\n\n',
         'error: {"code":"insufficient_quota","message":"m"}\n',
     ],
