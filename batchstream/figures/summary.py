@@ -46,7 +46,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     `started_at`, `ended_at`: wall clock, ISO 8601 UTC; `elapsed_s`: seconds of the monotonic clock; `stop`: why the run
     ended before its rows did; `pending`: rows without a result; `resumed`: rows that had one before this run;
     `skipped`: invalid rows left out (``--invalid skip``); `unanswered`: rows whose request went out and that have no
-    stored answer: in flight now, or cut when a run ended; `asked_again`: the rows of that kind that this run found, which
+    stored answer: in flight now, or cut when a run ended; `asked_again`: rows of that kind that this run found, which
     may have been paid for twice; `duplicates`: second results of a row found in the journal and left out.
     """
 

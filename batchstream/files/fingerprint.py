@@ -40,15 +40,17 @@ def job_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") 
     return lines
 
 
-def input_differences(old: tuple[InputFile, ...], new: tuple[InputFile, ...], *, allow_append: bool) -> list[str]:
+def input_differences(
+    old: tuple[InputFile, ...], new: tuple[InputFile, ...], *, allow_append: bool, mended: bool = False
+) -> list[str]:
     """What names and sizes alone prove to be different. With `allow_append` the last file may have grown and files
-    may have come after it."""
+    may have come after it; `mended` (failed rows are asked again) leaves sizes to the proof row by row."""
     lines = []
     if len(old) != len(new) and not (allow_append and len(new) > len(old)):
         lines.append(f"input: was {len(old)} files, is {len(new)}")
     for index, (was, now) in enumerate(zip(old, new, strict=False)):
         grown = allow_append and now.size > was.size and index == len(old) - 1
-        if was.size != now.size and not grown:
+        if was.size != now.size and not grown and not mended:
             lines.append(f"input {now.name}: was {was.size} bytes, is {now.size}")
     return lines
 
@@ -100,7 +102,7 @@ class ProvenRows:
                 block = BlockHash(index)
                 known = found.blocks.get(index)
                 # The count ignores gaps of `limit` and `sample`: at worst a block is read twice for nothing.
-                if known and found.finished_in(index * BLOCK_ROWS, (index + 1) * BLOCK_ROWS) < known[0]:
+                if known and found.outcomes_in(index * BLOCK_ROWS, (index + 1) * BLOCK_ROWS) < known[0]:
                     scout.prove(index, *known)
             for row in batch:
                 block.add(row.digest)
@@ -118,7 +120,8 @@ class ProvenRows:
 
     def _end_block(self, block: BlockHash) -> None:
         known = self._recovered.blocks.get(block.index)
-        if block.rows and (known is None or known[0] < block.rows):
+        mended = known is not None and self._recovered.retry_failed and known != (block.rows, block.value())
+        if block.rows and (known is None or known[0] < block.rows or mended):
             self._fresh.append((block.index, block.rows, block.value()))
 
 

@@ -112,10 +112,12 @@ class JournalDir:
             raise DamagedError(
                 f"{directory}: holds answers but no MANIFEST.json; restore it, or start over with --new-job"
             )
-        if kept is None or new_job:
+        differences = [] if kept is None or new_job else _differences(kept, wanted, allow_append, retry_failed)
+        if kept is None or new_job or (differences and _is_unused(directory, kept)):
             manifest = _begin_job(out, wanted, kept, overwrite, disk)
+        elif differences:
+            raise _other_job(directory, differences)
         else:
-            _compare(directory, kept, wanted, allow_append)
             manifest = msgspec.structs.replace(kept, input=wanted.input)
         _put_aside(directory, manifest.job_id, disk)
         if spill_dir is not None:
@@ -222,19 +224,23 @@ def _begin_job(out: Path, wanted: Manifest, kept: Manifest | None, overwrite: bo
     return manifest
 
 
-def _compare(directory: Path, kept: Manifest, wanted: Manifest, allow_append: bool) -> None:
+def _differences(kept: Manifest, wanted: Manifest, allow_append: bool, retry_failed: bool) -> list[str]:
     lines = job_differences(kept.job, wanted.job)
-    lines += input_differences(kept.input, wanted.input, allow_append=allow_append)
-    if lines:
-        grown = (
-            " (a grown input is accepted with --allow-append)"
-            if any(line.startswith("input") for line in lines)
-            else ""
-        )
-        raise IdentityError(
-            f"{directory} belongs to another job or input: {'; '.join(lines)}{grown}; "
-            "restore them, choose another --output, or start over with --new-job"
-        )
+    return lines + input_differences(kept.input, wanted.input, allow_append=allow_append, mended=retry_failed)
+
+
+def _is_unused(directory: Path, kept: Manifest) -> bool:
+    """Nothing was ever answered or may have been billed under the old manifest: there is nothing to protect.
+    (A first start with a wrong URL must not make the second one with the right URL ask for --new-job.)"""
+    found = recover(directory, kept.salt, strict=False)
+    return not (found.ok or found.failed or found.asked_again or found.skipped_records)
+
+
+def _other_job(directory: Path, differences: list[str]) -> IdentityError:
+    ways = "restore them, choose another --output, or start over with --new-job"
+    if any(line.startswith("input") for line in differences):
+        ways = f"{ways} (--allow-append accepts an input that has only grown at its end)"
+    return IdentityError(f"{directory} belongs to another job or input: {'; '.join(differences)}; {ways}")
 
 
 def _put_aside(directory: Path, job_id: str, disk: fsio.Disk) -> None:

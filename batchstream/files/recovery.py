@@ -84,19 +84,22 @@ class Recovered:
         return self._digest[row] if self.has_outcome(row) else None
 
     def check(self, row: Request | InvalidRow) -> bool:
-        """`done(row.row)`; raises IdentityError when the request is not the one whose outcome is stored."""
+        """`done(row.row)`; raises IdentityError when the request is not the one whose outcome is stored.
+
+        With retry_failed a failed row may have been mended: nothing was bought that could be lost.
+        """
         stored = self.digest(row.row)
-        if stored is not None and stored != row.digest:
+        if stored is not None and stored != row.digest and not (self.retry_failed and not self.done(row.row)):
             raise IdentityError(
                 f"row {row.row} (id {row.id!r}): its request differs from the one the journal has an answer to; "
                 "restore the input and options, or start over with --new-job"
             )
         return self.done(row.row)
 
-    def finished_in(self, first: int, last: int) -> int:
-        """How many rows of first..last-1 are done."""
+    def outcomes_in(self, first: int, last: int) -> int:
+        """How many rows of first..last-1 have an outcome."""
         where = self._where[first:last]
-        return sum(1 for value in where if value & 1) if self.retry_failed else len(where) - where.count(0)
+        return len(where) - where.count(0)
 
     def results(self) -> Iterator[tuple[int, bytes]]:
         """(row, result JSON) of every row with an outcome, in row order, each checked once more."""

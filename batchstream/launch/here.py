@@ -122,7 +122,8 @@ class _Run:
         if again:
             text = f"{number.name} again: cutting {in_flight} requests"
         else:
-            text = f"{number.name}: draining {in_flight} requests (--drain-timeout {self._job.drain_timeout:g} s); again cuts"
+            limit = f"--drain-timeout {self._job.drain_timeout:g} s"
+            text = f"{number.name}: draining {in_flight} requests ({limit}); once more cuts them"
         if self.progress is not None:
             self.progress.message = text
         if self._hooks.on_note is not None:

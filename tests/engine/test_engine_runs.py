@@ -11,7 +11,7 @@ import pytest
 
 from batchstream.api import read_results, stream, stream_results
 from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
-from batchstream.errors import StoppedError, UsageError
+from batchstream.errors import IdentityError, StoppedError, UsageError
 from batchstream.job import Job
 from batchstream.launch.here import Report, run
 from batchstream.records import Delta, Result
@@ -243,3 +243,46 @@ async def test_stream_never_mixes_two_attempts(tmp_path: Path) -> None:
     again = [item async for item in stream("Why?", provider="sim", sim={"faults": "500(times=1)=1"})][-1]
     assert isinstance(again, Result)
     assert (again.status, again.attempts) == ("ok", 2)
+
+
+def test_a_mended_row_is_asked_without_buying_the_others_again(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"question {i}"}) for i in range(30)]
+    path.write_text("\n".join([*lines[:17], "{broken", *lines[18:]]) + "\n")
+    with running(SimulateConfig(tokens=4)) as simulator:
+        report = go(simulator, str(path))
+        assert report.exit_code == 3
+        assert "--retry-failed" in report.message
+        path.write_text("\n".join(lines) + "\n")
+        report = go(simulator, str(path), retry_failed=True)
+        assert report.exit_code == 0
+        assert simulator.ledger.requests == 30
+        assert [result.status for result in results(report)] == ["ok"] * 30
+        assert go(simulator, str(path)).message.startswith("finished before")
+
+
+def test_a_changed_answered_row_is_refused_even_when_failed_ones_are_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{broken\n')
+    with running(SimulateConfig(tokens=4)) as simulator:
+        go(simulator, str(path))
+        path.write_text('{"prompt": "another"}\n{"prompt": "two"}\n')
+        with pytest.raises(IdentityError, match="row 0"):
+            go(simulator, str(path), retry_failed=True)
+        assert simulator.ledger.requests == 1
+
+
+def test_a_first_start_with_a_wrong_url_does_not_bind_the_second(tmp_path: Path) -> None:
+    source = write(tmp_path, 5)
+    with running() as gone:
+        wrong = gone.base_url
+    assert run(Job(input=source, base_url=wrong, model="sim", max_attempts=1)).exit_code == 4
+    with running(SimulateConfig(tokens=4)) as simulator:
+        assert go(simulator, source).exit_code == 0
+
+
+def test_an_option_of_the_wrong_type_is_said_in_one_line() -> None:
+    with pytest.raises(UsageError, match="concurrency: expected int, got str: '3'"):
+        Job(input="x.jsonl", concurrency="3")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="durability: expected one of row, batch, os, got 'gold'"):
+        Job(input="x.jsonl", durability="gold")  # type: ignore[arg-type]

@@ -137,9 +137,17 @@ def test_the_state_is_readable_by_its_owner_only(job):
 # --- identity
 
 
+def answered(journal):
+    """The journal with one answer in it: something to protect."""
+    segment = journal.segment()
+    segment.append(0, 7, True, b'{"row":0,"status":"ok"}')
+    segment.close(clean=True)
+    journal.close()
+
+
 def test_a_changed_job_is_refused_naming_each_difference(job):
     source, out, _ = job
-    acquire(source, out, minijob.manifest_of(source, params={"temperature": 0, "seed": 1})).close()
+    answered(acquire(source, out, minijob.manifest_of(source, params={"temperature": 0, "seed": 1})))
     other = minijob.manifest_of(source, params={"temperature": 1, "seed": 1}, api="chat")
     with pytest.raises(IdentityError, match=r"api: was absent, is 'chat'; params.temperature: was 0, is 1"):
         acquire(source, out, other)
@@ -149,7 +157,7 @@ def test_a_changed_job_is_refused_naming_each_difference(job):
 
 def test_a_refused_start_gives_the_lock_back(job):
     source, out, _ = job
-    acquire(source, out).close()
+    answered(acquire(source, out))
     with pytest.raises(IdentityError):
         acquire(source, out, minijob.manifest_of(source, model="other"))
     acquire(source, out).close()

@@ -71,8 +71,7 @@ def job(answers: int = 120, run: Run = RUN, evidence: Evidence | None = DEGRADED
 GOLDEN = """\
 Rows      123 done · 120 ok · 3 failed (2.4 %)
           880 still to do · 1 of the failed invalid, not sent ·
-          40 done by earlier runs ·
-          3 asked again (in flight when a run ended)
+          40 done by earlier runs · 3 asked again (in flight when a run ended)
 Stopped   402 three times in a row: the account has no credit
 Failures  2 timeout · 1 invalid_row
 Requests  123, of them 1 retries after 1 rate_limit
