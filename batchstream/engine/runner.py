@@ -13,11 +13,12 @@ endpoint's sake and not for their own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -45,8 +46,11 @@ class Stop(msgspec.Struct, frozen=True):
 class Sink(Protocol):
     """Where the runner puts what happens to a row: the journal, or a caller's queue."""
 
-    async def admit(self, request: Request) -> None:
-        """Just before the first request of a row may leave. May wait (for the disk to catch up)."""
+    async def room(self) -> None:
+        """Returns once more rows may be taken in (the disk has caught up)."""
+
+    def admit(self, request: Request) -> bool:
+        """Just before the first request of a row may leave. False: it must not, wait for `room` and ask again."""
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         """The row has its result."""
@@ -97,9 +101,10 @@ class Runner:
         self._tasks: dict[asyncio.Task[None], Course] = {}
         self._refused: list[tuple[Course, Attempt]] = []
         self._stopped = asyncio.Event()
+        self._idle = asyncio.Event()
         self._requests = 0
         self._tokens = 0
-        self._bug: BaseException | None = None
+        self._error: BaseException | None = None
         # One reading of the two clocks: instants become dates by it, whatever the wall clock does later.
         self._epoch = time.time() - time.monotonic()
 
@@ -108,9 +113,13 @@ class Runner:
         if self.stop_reason is not None:
             return
         self.stop_reason = reason
+        self._halt()
+
+    def _halt(self) -> None:
         self._stopped.set()
+        myself = asyncio.current_task()  # a row whose own news is the reason has its result already
         for task, course in list(self._tasks.items()):
-            if not course.on_wire:
+            if not course.on_wire and task is not myself:
                 task.cancel()
 
     def abort(self) -> None:
@@ -119,18 +128,18 @@ class Runner:
             task.cancel()
 
     async def run(self, rows: AsyncIterator[list[Request | InvalidRow]], *, drain_timeout: float) -> Stop | None:
-        """Serve all rows, or stop early and say why. Raises bugs, and what `rows` or the sink raise."""
+        """Serve all rows, or stop early and say why. Raises bugs, and what `rows` or the sink raise: what is on the
+        wire by then has been paid for, so it is waited for as after a stop."""
         alarm = None
         if self._budget.seconds is not None:
             reason = Stop("budget", f"--max-time {self._budget.seconds:g} s is over")
             alarm = asyncio.get_running_loop().call_later(self._budget.seconds, self.stop, reason)
         try:
-            async for batch in rows:
-                for row in batch:
-                    if not await self._admit(row):
-                        break
-                if self._stopped.is_set():
-                    break
+            try:
+                await self._take_in(rows)
+            except Exception as error:
+                self._error = self._error or error
+                self._halt()
             await self._drain(drain_timeout)
         except BaseException:
             await self._cut()
@@ -138,66 +147,74 @@ class Runner:
         finally:
             if alarm is not None:
                 alarm.cancel()
-        if self._bug is not None:
-            raise self._bug
+        if self._error is not None:
+            raise self._error
         self._keep_refused_pending()
         return self.stop_reason
 
-    async def _admit(self, row: Request | InvalidRow) -> bool:
-        """Start one row; False when the run has stopped and the row was not taken."""
-        if isinstance(row, InvalidRow):
-            self._sink.done(row, invalid_result(row))
-            return not self._stopped.is_set()
-        if not await self._unless_stopped(self._alive):
-            return False
-        if not await self._unless_stopped(self._slots):
-            self._alive.release()
-            return False
-        await self._sink.admit(row)
+    async def _take_in(self, rows: AsyncIterator[list[Request | InvalidRow]]) -> None:
+        """Start row after row, until there are no more or the run stops."""
+        async for batch in rows:
+            if not await self._unless_stopped(self._sink.room):
+                return
+            for row in batch:
+                if isinstance(row, InvalidRow):
+                    self._sink.done(row, invalid_result(row))
+                elif not await self._admitted(row):
+                    return
+            if self._stopped.is_set():
+                return
+
+    async def _admitted(self, row: Request) -> bool:
+        """Start one row; False when the run has stopped and the row was not taken.
+        (After a stop nobody asks for a place any more, so none is given back.)"""
+        for room in (self._alive, self._slots):
+            if not room.locked():
+                await room.acquire()
+            elif not await self._unless_stopped(room.acquire):
+                return False
+        while self._stopped.is_set() or not self._sink.admit(row):
+            if not await self._unless_stopped(self._sink.room):
+                return False
         course = Course(row, self._policy, self._send, self._park)
         task = asyncio.create_task(self._serve(course))
         self._tasks[task] = course
+        self._idle.clear()
         task.add_done_callback(self._ended)
         return True
 
-    async def _unless_stopped(self, room: asyncio.Semaphore) -> bool:
-        """Take a place, unless the run stops first."""
+    async def _unless_stopped(self, wait: Callable[[], Coroutine[Any, Any, object]]) -> bool:
+        """Wait, and say True, unless the run has stopped or stops first."""
         if self._stopped.is_set():
             return False
-        if not room.locked():
-            return await room.acquire()
-        place = asyncio.ensure_future(room.acquire())
+        waiting = asyncio.ensure_future(wait())
         stopped = asyncio.ensure_future(self._stopped.wait())
-        await asyncio.wait((place, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not self._stopped.is_set():
-            return True
-        if place.done():
-            room.release()
-        else:
-            place.cancel()
-        return False
+        try:
+            await asyncio.wait((waiting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            stopped.cancel()
+        return not self._stopped.is_set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         course = self._tasks.pop(task)
+        if not self._tasks:
+            self._idle.set()
         self._alive.release()
         if course.holds_slot:
             self._slots.release()
         if task.cancelled():
             self._sink.gave_up(course.request, maybe_billed=course.on_wire)
-        elif (error := task.exception()) is not None and self._bug is None:
-            self._bug = error
+        elif (error := task.exception()) is not None and self._error is None:
+            self._error = error
             self._stopped.set()
             self.abort()
 
     async def _drain(self, patience: float) -> None:
         """Wait for the rows under way: as long as it takes, or for `patience` seconds once stopped."""
-        while self._tasks and not self._stopped.is_set():
-            stopped = asyncio.ensure_future(self._stopped.wait())
-            await asyncio.wait((*self._tasks, stopped), return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-        if self._tasks:
-            await asyncio.wait(tuple(self._tasks), timeout=patience)
+        if self._tasks and not await self._unless_stopped(self._idle.wait):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), patience)
         await self._cut()
 
     async def _cut(self) -> None:
@@ -282,7 +299,8 @@ class Runner:
             if timing.sent is not None and timing.first_output is not None:
                 progress.ttft.append(timing.first_output - timing.sent)
             return
-        if failure.kind == "rate_limit":
+        # A wait beyond --max-wait is not waited for: the run stops, or (--breaker off) only this row is given up.
+        if failure.kind == "rate_limit" and not self._policy.too_long(failure):
             self._lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
             progress.gate_until = self._lane.closed_until
         if self._on_failure is not None:

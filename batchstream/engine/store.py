@@ -70,15 +70,16 @@ class Store:
     def start(self) -> None:
         self._task = asyncio.create_task(self._sync_loop())
 
-    async def admit(self, request: Request) -> None:
-        while True:
-            if not self._room.is_set():
-                await self._room.wait()
-            if self._refused is not None or self._segment.admit((request.row,)):
-                return
-            self._make_room()
-            self._oldest = self._oldest or time.monotonic()
-            self._wake.set()
+    async def room(self) -> None:
+        await self._room.wait()
+
+    def admit(self, request: Request) -> bool:
+        if self._refused is None and self._segment.admit((request.row,)):
+            return True
+        # It changes to a fresh file just now, or the disk refuses: either way the next sync tells.
+        self._room.clear()
+        self._wake.set()
+        return False
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
@@ -122,6 +123,8 @@ class Store:
         backoff = 0.25
         while True:
             wait = self._group.wait(self._segment.pending_bytes, self._oldest, time.monotonic())
+            if wait is None and self._segment.trouble is not None and not self._closing:
+                wait = 0.0  # nothing to store, but rows wait to be admitted: only a sync finds out whether they may
             if wait is None:
                 if self._closing:
                     return
@@ -144,7 +147,8 @@ class Store:
             self._progress.message = f"disk: {trouble}; admitting nothing, trying again"
             refused_since = refused_since or time.monotonic()
             self._oldest = refused_since
-            if self._closing or time.monotonic() - refused_since > PATIENCE_S:
+            pending = self._segment.pending_bytes > 0
+            if (self._closing and pending) or time.monotonic() - refused_since > PATIENCE_S:
                 self._surrender(StorageError(trouble))
                 return
             await asyncio.sleep(backoff)

@@ -1,0 +1,141 @@
+"""Runs whose disk, input or caller fails under them: they end, and what was paid for is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchstream.endpoints.simulate import SimulateConfig, running
+from batchstream.engine.runner import Stop
+from batchstream.errors import InputError
+from batchstream.files import fsio
+from batchstream.files.results import read_journal
+from batchstream.files.segment import Segment
+from batchstream.job import Job
+from batchstream.launch.here import run, run_async
+from batchstream.shard import Control
+
+
+def write(folder: Path, count: int, **extra: Any) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"question {i}", **extra}) + "\n" for i in range(count)))
+    return str(path)
+
+
+class FullDisk(fsio.RealDisk):
+    """Takes no record that contains `refused` until it is `cured`."""
+
+    def __init__(self, refused: bytes) -> None:
+        self.refused = refused
+        self.cured = False
+        self.refusals = 0
+
+    def write(self, fd: int, data: bytes) -> int:
+        if self.refused in data and not self.cured:
+            self.refusals += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(fd, data)
+
+    async def refuses(self) -> None:
+        while not self.refusals:  # noqa: ASYNC110  (another thread counts them)
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FullDisk:
+    full = FullDisk(request.param)
+    monkeypatch.setattr(fsio, "disk", full)
+    return full
+
+
+ADMISSION = pytest.mark.parametrize("disk", [b'"t":"a"'], indirect=True)
+
+
+@ADMISSION
+async def test_a_disk_that_is_full_before_the_first_request_is_tried_again_until_it_is_cured(
+    tmp_path: Path, disk: FullDisk
+) -> None:
+    with running(SimulateConfig(tokens=4)) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m", concurrency=1)
+        going = asyncio.create_task(run_async(job))
+        await disk.refuses()
+        assert simulator.ledger.requests == 0
+        disk.cured = True
+        report = await asyncio.wait_for(going, 30)
+        assert (report.exit_code, simulator.ledger.requests) == (0, 20)
+
+
+@ADMISSION
+async def test_a_stop_while_the_disk_refuses_ends_the_run_without_a_request(tmp_path: Path, disk: FullDisk) -> None:
+    with running(SimulateConfig(tokens=4)) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m")
+        control = Control()
+        going = asyncio.create_task(run_async(job, control=control))
+        await disk.refuses()
+        control.stop(Stop("signal", "got SIGTERM; draining", 15))
+        report = await asyncio.wait_for(going, 30)
+        assert (report.exit_code, simulator.ledger.requests) == (143, 0)
+
+
+@pytest.mark.parametrize("disk", [b'"invalid_row"'], indirect=True)
+async def test_malformed_rows_wait_for_the_disk_like_all_others(
+    tmp_path: Path, disk: FullDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x"}\n' + '{"prompt": 5}\n' * 5000)
+    taken: list[int] = []
+    append = Segment.append
+
+    def noted(segment: Segment, row: int, *rest: Any) -> bool:
+        taken.append(row)
+        return append(segment, row, *rest)
+
+    monkeypatch.setattr(Segment, "append", noted)
+    going = asyncio.create_task(run_async(Job(input=str(path), provider="sim", model="m")))
+    await disk.refuses()
+    await asyncio.sleep(1.0)
+    assert len(taken) < 200, "the input goes into memory while the disk refuses"
+    disk.cured = True
+    report = await asyncio.wait_for(going, 60)
+    assert report.summary is not None
+    assert (report.exit_code, report.summary.rows.invalid) == (3, 5000)
+
+
+def test_an_input_that_breaks_off_costs_none_of_the_answers_under_way(tmp_path: Path) -> None:
+    chance = random.Random(3)
+    lines = "".join(json.dumps({"prompt": chance.randbytes(4000).hex()}) + "\n" for _ in range(2000))
+    whole = gzip.compress(lines.encode())
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with running(SimulateConfig(tokens=4, gap=0.02)) as simulator:
+        job = Job(input=str(path), base_url=simulator.base_url, model="m", concurrency=64)
+        with pytest.raises(InputError, match="cut off"):
+            run(job)
+        stored = read_journal(tmp_path / "prompts.results.jsonl")
+        assert simulator.ledger.requests > 64
+        assert (stored.ok, stored.asked_again) == (simulator.ledger.requests, 0)
+
+
+def test_without_a_breaker_one_wait_of_a_day_is_one_failed_row(tmp_path: Path) -> None:
+    with running(SimulateConfig(tokens=4, faults=("429(retry-after=86400)@3",))) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m", breaker="off", max_time=20)
+        report = run(job)
+        assert report.summary is not None
+        assert (report.exit_code, report.summary.rows.ok, report.summary.rows.failed) == (3, 19, 1)
+
+
+def test_a_row_with_a_result_is_not_noted_as_given_up(tmp_path: Path) -> None:
+    with running(SimulateConfig(tokens=4)) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m", max_tokens_total=30, concurrency=1)
+        report = run(job)
+        assert report.exit_code == 5
+        records = b"".join(path.read_bytes() for path in report.journal.glob("seg-*"))
+        assert b'"t":"o"' in records
+        assert b'"t":"u"' not in records
