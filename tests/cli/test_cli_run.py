@@ -258,6 +258,15 @@ def test_nobody_has_to_read_what_a_run_says(prompts: Path, tmp_path: Path) -> No
     assert len(rows_of(tmp_path / "prompts.results.jsonl")) == 12
 
 
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = command("run", "nix.jsonl", "--provider", "sim")
+    done = subprocess.run(args, cwd=tmp_path, env=environment(), stderr=writer, timeout=120)
+    os.close(writer)
+    assert done.returncode == 10
+
+
 def test_a_bug_is_exit_1_with_a_traceback_that_holds_no_key(prompts: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
