@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,7 +24,7 @@ def read_results(out: Path) -> Iterator[bytes]:
         if out.suffix == ".parquet":
             from batchstream.files.table import read_parquet
 
-            return (msgspec.json.encode(row) for row in read_parquet(out))
+            return _encoded(out, read_parquet(out))
         return _lines(out)
     return (line for _, line in read_journal(out).results())
 
@@ -41,6 +42,13 @@ def read_journal(out: Path, *, salvage: bool = False) -> Recovered:
     return recover(directory, manifest.salt, strict=not salvage)
 
 
+def _encoded(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    for row in rows:
+        if next(iter(row)) != "row":
+            raise _no_results(str(path))
+        yield msgspec.json.encode(row)
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -48,4 +56,10 @@ def _lines(path: Path) -> Iterator[bytes]:
                 raise InputError(
                     f"{path}:{number}: the last line is cut off; this is not a results file as it was published"
                 )
+            if not line.startswith(b'{"row":'):
+                raise _no_results(f"{path}:{number}")
             yield line[:-1]
+
+
+def _no_results(where: str) -> InputError:
+    return InputError(f"{where}: expected a result row; give the results file (or its journal), not the prompts")

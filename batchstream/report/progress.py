@@ -265,7 +265,7 @@ def live_text(reading: Reading) -> Text:
     bar = Text()
     if reading.total:
         full = min(_BAR, _BAR * reading.done // reading.total)
-        bar.append("━" * full, "green").append("━" * (_BAR - full), "dim").append("  ")
+        bar.append("━" * full, "green").append("╌" * (_BAR - full), "dim").append("  ")
     bar.append(_rows(reading), "bold").append(f"  {_left(reading)}")
 
     counts = Text(f"{reading.ok:,} ok").append(" · ")

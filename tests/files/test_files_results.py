@@ -273,3 +273,10 @@ def test_an_export_never_replaces_a_file_and_parquet_needs_one(tmp_path):
     (tmp_path / "cut.jsonl").write_bytes(LINES[0] + b"\n" + LINES[1][:-5])
     with pytest.raises(InputError, match=r"cut\.jsonl:2: the last line is cut off"):
         list(read_results(tmp_path / "cut.jsonl"))
+
+
+def test_prompts_given_where_results_belong_are_told_apart(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "why?"}\n')
+    with pytest.raises(InputError, match=r"prompts.jsonl:1: expected a result row"):
+        list(read_results(path))

@@ -236,7 +236,7 @@ def test_the_live_display_draws_on_a_real_terminal_and_cleans_up_after_itself():
     written = on_a_terminal(LIVE)
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert frames.count("100/200 rows (50 %)") >= 3  # the first, two a second, the last
-    assert "━━━━━━━━━━━━━━━━━━━━  100/200" in frames
+    assert "━━━━━━━━━━╌╌╌╌╌╌╌╌╌╌  100/200" in frames
     assert "38 ok · 2 failed · 7 in flight · 0 waiting · 0 retries" in frames
     assert "failures: 2 timeout" in frames
     assert "rate limit: nothing is sent for 1 h 00 min" in frames or "nothing is sent for 59 min" in frames
