@@ -16,6 +16,7 @@ from batchstream.engine.client import Client
 from batchstream.engine.course import Course
 from batchstream.engine.outcome import result_of
 from batchstream.engine.runner import Stop, iso
+from batchstream.errors import BudgetError, StoppedError
 from batchstream.files import results
 from batchstream.job import Job
 from batchstream.launch.here import run_async
@@ -29,20 +30,19 @@ async def stream_results(job: Job) -> AsyncIterator[Result]:
     """Run `job` and yield each result as soon as it is on stable storage, in the order in which they end.
 
     Rows that have a result from an earlier run are not repeated (`read_results` has them all afterwards). Leaving the
-    loop early stops the run; what is in flight is cut and stays pending. Raises as `run` does.
+    loop early stops the run; what is in flight is cut and stays pending. Raises as `run` does, and, when the run
+    stopped before its rows did, `StoppedError` (key, account, endpoint) or `BudgetError` (a limit) after the results.
     """
-    queue: asyncio.Queue[Result] = asyncio.Queue()
+    queue: asyncio.Queue[Result | None] = asyncio.Queue()
     control = Control()
     running = asyncio.create_task(run_async(job, hooks=Hooks(on_durable=queue.put_nowait), control=control))
+    running.add_done_callback(lambda _: queue.put_nowait(None))
     try:
-        while not (running.done() and queue.empty()):
-            coming = asyncio.ensure_future(queue.get())
-            await asyncio.wait((coming, running), return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                yield coming.result()
-            else:
-                coming.cancel()
-        await running
+        while (result := await queue.get()) is not None:
+            yield result
+        report = await running
+        if report.stop is not None:
+            raise (BudgetError if report.stop.cause == "budget" else StoppedError)(report.message)
     finally:
         if not running.done():
             control.stop(Stop("signal", "the caller left"))

@@ -7,8 +7,9 @@ brings the rows (blocks that nobody else serves), the journal to write to, and a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
@@ -109,7 +110,8 @@ async def run_shard(
             client = Client(transport, target, limits_of(job))
             runner = runner_for(job, client, store, progress, rpm, hooks.on_failure)
             control.bind(runner)
-            stop = await runner.run(ahead(rows, note_blocks), drain_timeout=job.drain_timeout)
+            async with aclosing(ahead(rows, note_blocks)) as batches:
+                stop = await runner.run(batches, drain_timeout=job.drain_timeout)
         clean = stop is None
     finally:
         await store.close(clean=clean)
@@ -148,14 +150,19 @@ def runner_for(
 
 async def ahead(
     rows: Iterator[list[Request | InvalidRow]], after_each: Callable[[], None] = lambda: None
-) -> AsyncIterator[list[Request | InvalidRow]]:
+) -> AsyncGenerator[list[Request | InvalidRow], None]:
     """Pull a blocking iterator from a helper thread, one batch ahead of its use, so that reading, decompressing
     and decoding a prompt file never stands in the way of a token."""
     loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, thread_name_prefix="source") as thread:
-        coming = loop.run_in_executor(thread, next, rows, None)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="source")
+    coming = loop.run_in_executor(thread, next, rows, None)
+    try:
         while (batch := await coming) is not None:
             after_each()
             coming = loop.run_in_executor(thread, next, rows, None)
             yield batch
         after_each()
+    finally:
+        # After a stop the thread may still be reading: it is waited for, and an error it meets is nobody's any more.
+        await asyncio.gather(coming, return_exceptions=True)
+        thread.shutdown()

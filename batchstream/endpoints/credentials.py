@@ -46,10 +46,7 @@ def find_key(
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if directory and (Path(directory) / "api_key").is_file():
         path = Path(directory) / "api_key"
-        return Key(
-            _checked(path.read_text(encoding="utf-8").strip(), "$CREDENTIALS_DIRECTORY/api_key"),
-            "$CREDENTIALS_DIRECTORY/api_key",
-        )
+        return Key(_checked(_text(path), "$CREDENTIALS_DIRECTORY/api_key"), "$CREDENTIALS_DIRECTORY/api_key")
     if default_env is None:
         return None
     return Key(_checked(_from_environment(default_env, environ), default_env), f"variable {default_env}")
@@ -69,10 +66,17 @@ def _from_environment(name: str, environ: Mapping[str, str]) -> str:
 def _read(path: Path) -> str:
     try:
         mode = path.stat().st_mode
-        if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
-            raise UsageError(
-                f"{path}: others can read this key file (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
-            )
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the key file: {error.strerror}") from None
+    if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise UsageError(
+            f"{path}: others can read this key file (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
+        )
+    return _text(path)
+
+
+def _text(path: Path) -> str:
+    try:
         value = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UsageError(f"{path}: cannot read the key file: {error.strerror}") from None

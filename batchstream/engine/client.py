@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import msgspec
 import yarl
-from batchstream.wire.reception import Reception
 
 from batchstream.net.deadlines import Limits
 from batchstream.net.transport import Transport
-from batchstream.records import Api, Attempt, Delta, Failure, Request, Timing
+from batchstream.records import Api, Attempt, Delta, Request, Timing
+from batchstream.wire.reception import Reception
 
 PATHS: dict[Api, str] = {
     "chat": "chat/completions",
@@ -87,9 +87,3 @@ class Client:
             gap_max=reception.gap_max,
         )
         return Attempt(timing, completion, failure, reception.request_id)
-
-
-def never_sent(attempt: Attempt) -> bool:
-    """No byte of the request left: nothing can have been billed."""
-    failure: Failure | None = attempt.failure
-    return failure is not None and attempt.timing.sent is None

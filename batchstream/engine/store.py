@@ -29,6 +29,8 @@ PENDING_MAX = 64 << 20
 PATIENCE_S = 60.0
 """How long a disk that refuses is tried again before the run stops."""
 
+_DISK = "disk: "  # how our own messages begin
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -53,7 +55,8 @@ class Store:
         self._segment = segment
         self._progress = progress
         self._group = group
-        self._secret = secret.encode() if secret else None
+        self._secret = secret
+        self._spelled = _encode(secret)[1:-1] if secret else None  # as it stands in JSON
         self._spill_dir = spill_dir
         self._stop = stop
         self._on_durable = on_durable
@@ -69,6 +72,7 @@ class Store:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._sync_loop())
+        self._task.add_done_callback(self._sync_ended)
 
     async def room(self) -> None:
         await self._room.wait()
@@ -83,8 +87,9 @@ class Store:
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
-        if self._secret is not None and self._secret in data:
-            data = _encode(_without(msgspec.json.decode(data), self._secret.decode()))
+        if self._secret is not None and self._spelled is not None and self._spelled in data:
+            data = _encode(_without(msgspec.json.decode(data), self._secret))
+            result = msgspec.json.decode(data, type=Result)
         ok = result.status == "ok"
         kind = "" if result.error is None else result.error.kind
         self._unsynced[row.row] = (ok, kind, result if self._on_durable is not None else None)
@@ -102,14 +107,14 @@ class Store:
         saying where they were spilled or that they are lost."""
         self._closing = True
         self._wake.set()
-        if self._task is not None:
-            await self._task
         try:
-            if self._refused is None:
-                try:
-                    self._count(await self._in_thread(lambda: self._segment.close(clean=clean)))
-                except StorageError as error:
-                    self._refused = error
+            if self._task is not None:
+                await self._task
+            try:
+                # Also after a refusal: the disk may have been cured while the last answers came in.
+                self._count(await self._in_thread(lambda: self._segment.close(clean=clean)))
+            except StorageError as error:
+                self._refused = self._refused or error
             if self._refused is not None:
                 raise StorageError(await self._last_resort(self._refused))
         finally:
@@ -144,7 +149,7 @@ class Store:
             if trouble is None:
                 refused_since, backoff = None, 0.25
                 continue
-            self._progress.message = f"disk: {trouble}; admitting nothing, trying again"
+            self._progress.message = f"{_DISK}{trouble}; admitting nothing, trying again"
             refused_since = refused_since or time.monotonic()
             self._oldest = refused_since
             pending = self._segment.pending_bytes > 0
@@ -159,7 +164,8 @@ class Store:
         if full and not self._closing:
             self._room.clear()
         elif not full:
-            self._progress.message = ""
+            if self._progress.message.startswith(_DISK):
+                self._progress.message = ""
             self._room.set()
 
     def _count(self, rows: list[int]) -> None:
@@ -177,6 +183,12 @@ class Store:
                 progress.failures[kind] += 1
             if result is not None and self._on_durable is not None:
                 self._on_durable(result)
+
+    def _sync_ended(self, task: asyncio.Task[None]) -> None:
+        """A bug, or a hook that raises: nothing counts any more, so nothing more is bought. `close` raises it."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._stop(Stop("storage", f"{type(error).__name__}: {error}"))
+            self._room.set()
 
     def _surrender(self, error: StorageError) -> None:
         """The journal's disk is lost: admit nothing more. What still arrives is kept in memory until `close`."""

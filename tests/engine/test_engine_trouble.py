@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gc
 import gzip
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Wire, serving
 
+from batchstream.api import read_results, stream_results
 from batchstream.endpoints.simulate import SimulateConfig, running
+from batchstream.engine import store
 from batchstream.engine.runner import Stop
-from batchstream.errors import InputError
+from batchstream.errors import BudgetError, InputError, StoppedError, StorageError
 from batchstream.files import fsio
 from batchstream.files.results import read_journal
 from batchstream.files.segment import Segment
 from batchstream.job import Job
 from batchstream.launch.here import run, run_async
-from batchstream.shard import Control
+from batchstream.records import Result
+from batchstream.shard import Control, Hooks, ahead
 
 
 def write(folder: Path, count: int, **extra: Any) -> str:
@@ -139,3 +146,92 @@ def test_a_row_with_a_result_is_not_noted_as_given_up(tmp_path: Path) -> None:
         records = b"".join(path.read_bytes() for path in report.journal.glob("seg-*"))
         assert b'"t":"o"' in records
         assert b'"t":"u"' not in records
+
+
+@pytest.mark.parametrize("disk", [b'"t":"o"'], indirect=True)
+async def test_a_disk_that_is_cured_while_the_last_answers_come_in_keeps_them_all(
+    tmp_path: Path, disk: FullDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE_S", 0.1)
+    with running(SimulateConfig(tokens=20, ttft=1.0, gap=0.1)) as simulator:
+        lines = [json.dumps({"prompt": f"question {i}", "max_tokens": 1 if i == 0 else 20}) for i in range(50)]
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("\n".join(lines) + "\n")
+        job = Job(input=str(path), base_url=simulator.base_url, model="m", concurrency=4)
+        control = Control()
+        going = asyncio.create_task(run_async(job, control=control))
+        while not control.stopping:  # noqa: ASYNC110  (the run stops itself)
+            await asyncio.sleep(0.02)
+        disk.cured = True
+        with pytest.raises(StorageError, match="No space left"):
+            await asyncio.wait_for(going, 60)
+        stored = read_journal(tmp_path / "prompts.results.jsonl")
+        assert (stored.ok, stored.asked_again) == (simulator.ledger.requests, 0)
+
+
+def test_a_hook_that_raises_ends_the_run_before_more_is_bought(tmp_path: Path) -> None:
+    def hook(result: Result) -> None:
+        raise KeyError(result.row)
+
+    with running(SimulateConfig(tokens=4, gap=0.01)) as simulator:
+        job = Job(input=write(tmp_path, 400), base_url=simulator.base_url, model="m", concurrency=4)
+        with pytest.raises(KeyError):
+            run(job, hooks=Hooks(on_durable=hook))
+        assert simulator.ledger.requests < 100
+        assert read_journal(tmp_path / "prompts.results.jsonl").ok == simulator.ledger.requests
+
+
+KEY = 'sk-odd"key-0123456789'
+
+
+async def test_a_key_that_an_endpoint_repeats_reaches_neither_journal_nor_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+
+    async def handler(wire: Wire) -> None:
+        while request := await wire.request():
+            assert KEY.encode() in request
+            delta = {"choices": [{"index": 0, "delta": {"content": f"you are {KEY}"}, "finish_reason": "stop"}]}
+            body = f"data: {json.dumps(delta)}\n\ndata: [DONE]\n\n".encode()
+            await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    async with serving(handler) as url:
+        job = Job(input=write(tmp_path, 2), base_url=url, model="m", api_key_env="MY_KEY")
+        assert [result.text async for result in stream_results(job)] == ["you are [key]"] * 2
+    assert [result.text for result in read_results(tmp_path / "prompts.results.jsonl")] == ["you are [key]"] * 2
+    segments = b"".join(path.read_bytes() for path in (tmp_path / "prompts.results.jsonl.journal").glob("seg-*"))
+    assert b"you are [key]" in segments
+    assert b"0123456789" not in segments
+
+
+async def test_stream_results_tells_its_caller_that_the_run_stopped_early(tmp_path: Path) -> None:
+    with running(SimulateConfig(tokens=4)) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m", max_requests=5)
+        rows: list[int] = []
+
+        async def collect() -> None:
+            async for result in stream_results(job):
+                rows.append(result.row)  # noqa: PERF401  (what came before the error counts)
+
+        with pytest.raises(BudgetError, match="--max-requests"):
+            await collect()
+        assert len(rows) == 5
+    with running(SimulateConfig(key="good-key-for-sim")) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m", new_job=True)
+        with pytest.raises(StoppedError, match="auth"):
+            [result async for result in stream_results(job)]
+
+
+async def test_what_the_input_says_after_a_stop_is_nobodys_error(caplog: pytest.LogCaptureFixture) -> None:
+    def rows() -> Iterator[list[Any]]:
+        yield [1]
+        raise InputError("cut off")
+
+    async with contextlib.aclosing(ahead(rows())) as batches:
+        async for _ in batches:
+            await asyncio.sleep(0.1)
+            break
+    gc.collect()
+    await asyncio.sleep(0)
+    assert caplog.records == []
