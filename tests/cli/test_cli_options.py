@@ -99,7 +99,7 @@ def test_two_flags_that_exclude_each_other_are_refused() -> None:
         ("[limits]\nconcurency = 3", "did you mean 'concurrency'?"),
         ("[limit]\nrpm = 3", "did you mean 'limits'?"),
         ("[limits]\nmodel = 'x'", "belongs to [endpoint] model"),
-        ("[limits]\nconcurrency = '3'", "expected `int`"),
+        ("[limits]\nconcurrency = '3'", "concurrency: expected int, got str: '3'"),
         ("[limits]\nconcurrency = 0", "above 0"),
     ],
 )
