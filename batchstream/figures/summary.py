@@ -283,7 +283,8 @@ class Tally:
 
 def summary(tally: Tally, run: Run, evidence: Evidence | None = None) -> Summary:
     """The figures of everything counted so far."""
-    judged, reasons = verdict(evidence) if evidence is not None else (None, [])
+    typical = tally.durations["ttft_s"].percentile(0.5)
+    judged, reasons = verdict(evidence, typical) if evidence is not None else (None, [])
     finished = tally.finish_reasons
     # The name of a file may hold bytes that are no text (as lone surrogates); JSON cannot.
     facts = msgspec.structs.asdict(run)

@@ -241,8 +241,8 @@ class RowReader:
         for name in body.keys() & PARAMETERS.keys():
             _check_parameter(name, body[name], "body.")
         body["stream"] = True
-        if api in ("chat", "completions"):
-            body["stream_options"] = {"include_usage": self._spec.include_usage, **body.get("stream_options", {})}
+        if api in ("chat", "completions") and self._spec.include_usage:
+            body["stream_options"] = {"include_usage": True, **body.get("stream_options", {})}
         return api, body
 
     def _id(self, row: int, value: dict[str, Any]) -> str:

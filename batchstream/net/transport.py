@@ -100,7 +100,9 @@ class Transport:
             self._live.discard(exchange)
         if exchange.expired is not None:
             reception.end(False, time.monotonic(), exchange.expired)
-            return exchange.sent, Failure("timeout", exchange.expired, retryable=True, status=reception.status)
+            if reception.state != "complete":  # an answer that was whole is one, however long its end took
+                return exchange.sent, Failure("timeout", exchange.expired, retryable=True, status=reception.status)
+            return exchange.sent, None
         return exchange.sent, failure
 
     async def _public(

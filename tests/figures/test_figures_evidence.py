@@ -27,6 +27,12 @@ QUIET = Evidence(
 )
 
 
+def test_lateness_is_judged_by_what_was_measured():
+    late = msgspec.structs.replace(QUIET, loop_lag_p99_s=0.008)
+    assert verdict(late, 0.3)[0] == "degraded"
+    assert verdict(late, 0.9)[0] == "trusted"
+
+
 def test_a_client_within_all_limits_is_trusted():
     assert verdict(QUIET) == ("trusted", [])
 

@@ -345,6 +345,13 @@ async def test_each_limit_ends_what_it_limits(name: str, path: str) -> None:
     assert flag in failure.message
 
 
+async def test_a_stall_after_every_finish_reason_is_no_failure(path: str) -> None:
+    async with serving(lambda w: stall(w, CHUNKED, chunk(delta("Hello") + delta("", "stop")))) as base:
+        reception, failure = await asyncio.wait_for(ask(base, path, Limits(5, 0.4, 0.4)), 20)
+    assert failure is None
+    assert text_of(reception) == "Hello"
+
+
 async def test_the_total_limit_ends_a_stream_that_goes_on_and_on(path: str) -> None:
     async def handler(wire: Wire) -> None:
         await wire.request()

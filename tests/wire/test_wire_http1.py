@@ -38,7 +38,8 @@ GOOD = {
     "connection close": (HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\nok", b"ok", False),
     "1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", b"ok", False),
     "1.0 kept alive": (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok", b"ok", True),
-    "continue first": (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nA: b\r\n\r\n" + CHUNKED + chunked(b"x"), b"x", True),
+    "continue first": (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nA: b\r\n\r\n" + CHUNKED + chunked(b"x"), b"x", True),
     "no reason phrase": (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", b"x", True),
     "coding and length together": (
         HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 999\r\n\r\n" + chunked(b"x"), b"x", False),
