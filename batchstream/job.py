@@ -197,7 +197,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise UsageError("template and prompt_column both say how to make the prompt; give one of them")
         if self.api_key_env is not None and self.api_key_file is not None:
             raise UsageError("api_key_env and api_key_file both name the key; give one of them")
-        if self.api_key_env is not None and not self.api_key_env.replace("_", "a").isalnum():
+        if self.api_key_env is not None and not _is_variable_name(self.api_key_env):
             # Somebody pasted the key where its name belongs: never repeat it back.
             raise UsageError(
                 "api_key_env: expected the name of an environment variable, such as SHUTTLEAI_API_KEY, not a key"
@@ -333,6 +333,12 @@ def choices(option: Option) -> tuple[str, ...] | None:
         if get_origin(kind) is Literal:
             return get_args(kind)
     return None
+
+
+def _is_variable_name(word: str) -> bool:
+    """A name for a variable, and not by its looks a key (long, with digits among small letters)."""
+    looks_secret = len(word) >= 20 and any(c.isdigit() for c in word) and any(c.islower() for c in word)
+    return word.isidentifier() and word.isascii() and not looks_secret
 
 
 def _key(option: Option) -> str:

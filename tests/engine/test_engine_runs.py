@@ -286,3 +286,10 @@ def test_an_option_of_the_wrong_type_is_said_in_one_line() -> None:
         Job(input="x.jsonl", concurrency="3")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="durability: expected one of row, batch, os, got 'gold'"):
         Job(input="x.jsonl", durability="gold")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pasted", ["sk-proj-abc", "gsk_0a1b2c3d4e5f6g7h8i9j0k", "a key"])
+def test_a_key_pasted_where_its_name_belongs_is_refused_and_not_repeated(pasted: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Job(input="x.jsonl", api_key_env=pasted)
+    assert pasted not in str(refusal.value)
