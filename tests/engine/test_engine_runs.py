@@ -288,7 +288,7 @@ def test_an_option_of_the_wrong_type_is_said_in_one_line() -> None:
         Job(input="x.jsonl", durability="gold")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pasted", ["sk-proj-abc", "gsk_0a1b2c3d4e5f6g7h8i9j0k", "a key"])
+@pytest.mark.parametrize("pasted", ["sk-proj-abc", "gsk_0a1b2c3d4e5f6g7h8i9j0k", "hush hush"])
 def test_a_key_pasted_where_its_name_belongs_is_refused_and_not_repeated(pasted: str) -> None:
     with pytest.raises(UsageError) as refusal:
         Job(input="x.jsonl", api_key_env=pasted)
