@@ -16,6 +16,11 @@ from batchstream.wire.jsontext import parse
 
 Json = dict[str, Any]
 
+MESSAGES_MAX_TOKENS = 4096
+"""`max_tokens` of a request to the messages API that names no limit, in tokens. That API refuses a request without
+one, and 4096 is the most that every model of Anthropic's may be asked for. A longer answer is cut there, and its
+stop reason `max_tokens` says so."""
+
 
 class BodyError(UsageError, ValueError):
     """A row (or a job's parameters) of which no request body can be made."""
@@ -94,7 +99,7 @@ def _input(message: Any) -> Any:
 
 
 def _messages(common: Json, parameters: Json) -> Json:
-    """Anthropic takes system texts apart from the messages, and wants `max_tokens`."""
+    """Anthropic takes system texts apart from the messages, and must have `max_tokens`."""
     systems = [common["system"]] if common.get("system") is not None else []
     messages = []
     for message in _messages_of(common):
@@ -114,7 +119,7 @@ def _messages(common: Json, parameters: Json) -> Json:
     if stop is not None:
         body.setdefault("stop_sequences", stop if isinstance(stop, list) else [stop])
     if body.get("max_tokens") is None:
-        raise BodyError("the messages API needs max_tokens; give it in the row or with --param max_tokens=1024")
+        body["max_tokens"] = MESSAGES_MAX_TOKENS
     return body
 
 

@@ -15,7 +15,7 @@ from batchstream.endpoints.sim.dialects import BODIES, SCRIPTS
 from batchstream.endpoints.sim.settings import SimulateConfig
 from batchstream.errors import UsageError
 from batchstream.records import APIS, Api, Choice, Completion, FunctionCall, ToolCall, Usage
-from batchstream.wire.body import build_body, to_response_body
+from batchstream.wire.body import MESSAGES_MAX_TOKENS, build_body, to_response_body
 from batchstream.wire.reception import Reception
 
 RECORDINGS = Path(__file__).parent.parent / "corpus" / "streams"
@@ -75,6 +75,15 @@ def test_parameters_go_by_the_names_of_the_api() -> None:
     assert (responses["max_output_tokens"], responses["reasoning"]) == (9, {"effort": "low"})
 
 
+def test_only_the_messages_api_is_given_a_limit_that_nobody_set() -> None:
+    assert build_body("messages", {"prompt": "x"})["max_tokens"] == MESSAGES_MAX_TOKENS == 4096
+    assert build_body("messages", {"prompt": "x", "max_tokens": None})["max_tokens"] == MESSAGES_MAX_TOKENS
+    assert build_body("messages", {"prompt": "x", "max_output_tokens": 7})["max_tokens"] == 7
+    others: tuple[Api, ...] = ("chat", "completions", "responses")
+    for api in others:
+        assert not {"max_tokens", "max_output_tokens"} & set(build_body(api, {"prompt": "x"}))
+
+
 @pytest.mark.parametrize(
     ("api", "common", "words"),
     [
@@ -82,7 +91,6 @@ def test_parameters_go_by_the_names_of_the_api() -> None:
         ("chat", {"messages": "Hi"}, "messages: expected a list"),
         ("completions", {"messages": []}, "--api chat"),
         ("completions", {"prompt": ["a", "b"], "system": "s"}, "list of prompts"),
-        ("messages", {"prompt": "x"}, "max_tokens"),
         ("messages", {"messages": [{"role": "system", "content": [1]}], "system": "s", "max_tokens": 1}, "system"),
     ],
 )
