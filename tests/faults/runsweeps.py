@@ -12,24 +12,42 @@ import errno
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from disks import CALLS, ERRORS, CountingDisk, LazyDisk, fail, kill, torn
-from wholerun import ROWS, STREAMS, Child, Ended, Endpoint, admitted_again, put_disk, results, run_args, write_prompts
+import runbugs
+from disks import CALLS, ERRORS, CountingDisk, LazyDisk, RecordingDisk, fail, kill, power_loss, torn
+from wholerun import (
+    ROWS,
+    STREAMS,
+    Child,
+    Ended,
+    Endpoint,
+    admitted_again,
+    notes,
+    put_disk,
+    results,
+    run_args,
+    write_prompts,
+)
 
 from batchstream.engine import store
+from batchstream.job import Job
+from batchstream.launch.here import run
+from batchstream.shard import Hooks
 
 PACE = ("--ttft", "0.004", "--gap", "0.001")
 """A little slower than the client, so that all eight streams are under way at any moment."""
 
 
 class TracingDisk:
-    """Writes the name of each call to a file, for whoever forked this process."""
+    """Writes the name and the instant of each call to a file, for whoever forked this process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +56,7 @@ class TracingDisk:
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
             with open(self.path, "a") as file:
-                file.write(name + "\n")
+                file.write(f"{name} {time.monotonic()}\n")
             return getattr(self.real, name)(*args)
 
         return call if name in CALLS else object.__getattribute__(self, name)
@@ -56,7 +74,15 @@ class Site:
         self.expected = results(home / "whole" / "out.jsonl")
         assert [row["row"] for row in self.expected] == list(range(rows))
         assert {row["status"] for row in self.expected} == {"ok"}
-        self.calls = trace.read_text().split()
+        traced = [line.split() for line in trace.read_text().splitlines()]
+        self.calls = [name for name, _ in traced]
+        # Monotonic clocks of one machine: what was called before the first request arrived?
+        first = min(entry["received_at"] for entry in endpoint.entries())
+        before = [name for name, at in traced if float(at) < first]
+        segment = ["open", "write", "sync", "sync_dir"]
+        begun = next((i for i in range(len(before)) if before[i : i + 4] == segment and "replace" in before[:i]), None)
+        assert begun is not None, f"a request left before lock, manifest and segment were durable: {before}"
+        assert before[:begun].index("lock") < before[:begun].index("replace")
 
     def child(
         self, trial: str, start: str, *more: object, disk: Any = None, before: Callable[[], object] | None = None
@@ -116,10 +142,11 @@ class Site:
 def kills(
     site: Site, *, every: int, first: int, act: Callable[[str], object] = kill, second: int | None = None
 ) -> dict[str, Any]:
-    """SIGKILL at disk call number `first`, `first + every`, ... of a run until one gets through; with `second` a first
+    """SIGKILL at disk call number `first`, `first + every`, ... (a negative one counts from the end of an uninterrupted
+    run) until a start gets through; with `second` an earlier
     start has been killed at that call before, so that recovery is what is killed."""
     trials = twice = printed_in_all = exact = 0
-    for point in itertools.count(first, every):
+    for point in itertools.count(first if first >= 0 else len(site.calls) + first, every):
         trial = f"kill-{point}"
         starts = 1
         if second is not None:
@@ -319,11 +346,111 @@ def disk_full(home: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"asked_twice": figures}
 
 
+def signalled(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A first signal drains, a second one cuts; the results appear when all is done, and nothing is bought in vain."""
+    twice = cut = 0
+    with Endpoint("--ttft", "0.03", "--gap", "0.005") as endpoint:
+        site = Site(home, endpoint)
+        for number in range(options.trials):
+            trial, hard = f"signal-{number}", number % 2 == 1
+            sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number % 3]
+            child = site.child(trial, "1")
+            deadline = time.monotonic() + 20
+            while (
+                sum(entry["mark"] == f"{trial}.1" for entry in endpoint.ledger()) < 20 and time.monotonic() < deadline
+            ):
+                time.sleep(0.005)
+            child.kill(sent)
+            if hard:
+                time.sleep(0.01)
+                child.kill(sent)
+            ended = child.wait()
+            assert ended.code == -sent, ended
+            assert not site.published(trial), "published before all was done"
+            early = sum(entry["closed_early"] for entry in endpoint.entries())
+            assert hard or not early, f"{early} answers were cut by the first signal"
+            printed = site.finish(trial, "2")
+            asked = site.twice(trial)
+            assert asked == printed <= (STREAMS if hard else 0), f"{trial}: asked {asked} twice, printed {printed}"
+            site.done_with(trial)
+            twice, cut = twice + asked, cut + early
+    assert options.trials < 2 or twice > 0, "no second signal cut anything: the sweep proves nothing"
+    return {"trials": options.trials, "cut": cut, "asked_twice": twice}
+
+
+def broken_streams(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every second answer breaks off, each in its own way, at its first attempt: what is published is whole."""
+    ways = ("truncate", "truncate-event", "truncate-utf8", "close", "reset", "length", "error", "garbage")
+    faults = [part for way in ways for part in ("--fault", f"{way}(times=1)={0.5 / len(ways)}")]
+    with Endpoint(*PACE) as unbroken:
+        expected = Site(home, unbroken).expected
+    with Endpoint(*PACE, *faults) as endpoint:
+        args = run_args(endpoint, home / "in.jsonl", "broken")
+        place = home / "broken"
+        place.mkdir()
+        ended = Child(args, place).wait()
+        assert ended.code == 0, ended
+        rows = results(place / "out.jsonl")
+        for row, right in zip(rows, expected, strict=True):
+            whole = {**row, "attempts": 1, "retries": []}
+            assert whole == right, f"a row that is not the unbroken one: {row}, expected {right}"
+            assert row["attempts"] == len(row["retries"]) + 1
+        retried = sum(row["attempts"] > 1 for row in rows)
+        assert retried > ROWS // 4
+        assert len(endpoint.asked("broken")) == sum(row["attempts"] for row in rows)
+    return {"rows": len(rows), "retried": retried}
+
+
+def power_losses(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A run on a recording disk, told of each row as it counts as done; then the current fails at any call, and the
+    same command runs on what may be left: no row that counted is sent again (P1, P2)."""
+    with Endpoint(*PACE) as endpoint:
+        source = write_prompts(home / "in.jsonl")
+        origin = home / "origin"
+        origin.mkdir()
+
+        def recorded() -> None:
+            disk = RecordingDisk()
+            put_disk(disk)()
+            job = Job(input=str(source), output=str(origin / "out.jsonl"), base_url=endpoint.base_url, model="sim",
+                      concurrency=STREAMS)  # fmt: skip
+            report = run(job, hooks=Hooks(on_durable=lambda result: disk.promise(result.row)))
+            disk.promise("published")
+            (home / "log").write_bytes(pickle.dumps(disk.log))
+            os._exit(report.exit_code)
+
+        ended = Child([], origin, before=recorded).wait()
+        assert ended.code == 0, ended
+        log = pickle.loads((home / "log").read_bytes())  # noqa: S301  (our own child's)
+        assert sum(entry[0] == "promise" for entry in log) == ROWS + 1
+        expected = results(origin / "out.jsonl")
+        kept = 0
+        for number in range(options.trials):
+            chance = random.Random(options.seed + number)
+            place = home / f"state-{number}"
+            place.mkdir()
+            promised = power_loss(log, chance.randrange(len(log) + 1), chance, origin, place)
+            out = place / "out.jsonl"
+            assert "published" not in promised or out.exists(), "published, then gone"
+            assert not out.exists() or results(out) == expected, "a results file that is not whole"
+            old = set(place.glob("out.jsonl.journal/seg-*"))
+            ended = Child(run_args(endpoint, source, f"state-{number}"), place, before=put_disk(LazyDisk())).wait()
+            assert ended.code == 0, ended
+            assert results(out) == expected
+            for path in old:
+                path.unlink()
+            asked = {row for note in notes(place / "out.jsonl.journal") if note["t"] == "a" for row in note["rows"]}
+            assert not asked & set(promised), f"counted as done, then sent again: {asked & set(promised)}"
+            kept += len(promised)
+            shutil.rmtree(place)
+    return {"states": options.trials, "promises_kept": kept}
+
+
 SWEEPS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     f.__name__: f
     for f in (
         killed_everywhere, torn_everywhere, killed_in_recovery, failing_everywhere, killed_at_random, started_at_once,
-        disk_full,
+        disk_full, signalled, broken_streams, power_losses,
     )
 }  # fmt: skip
 
@@ -336,8 +463,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bug")
+    parser.add_argument("--bug", choices=runbugs.BUGS)
     options = parser.parse_args()
+    if options.bug:
+        runbugs.BUGS[options.bug][0]()
     began = time.monotonic()
     figures = SWEEPS[options.sweep](options.home.resolve(), options)
     print(json.dumps({"sweep": options.sweep, **figures, "seconds": round(time.monotonic() - began, 1)}))  # noqa: T201

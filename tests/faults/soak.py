@@ -1,8 +1,7 @@
 """A long run with one per cent of mixed faults, watched from inside: `python soak.py DIR SECONDS`.
 
 Prints a line of JSON every so often (memory, file descriptors, tasks, rows) and a last one with the verdict's figures.
-Memory has to be flat once every buffer has been used, as do descriptors and tasks: what is kept for each row for as
-long as a run lasts is 8 bytes for its TTFT.
+Memory has to be flat once every buffer has been used, as do descriptors and tasks.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def main() -> None:
     figures = {
         "exit_code": report.exit_code,
         "rows": summary.rows.total,
-        "failed": summary.rows.failed,
+        "failures": summary.failures,
         "retries": summary.attempts.retries,
         "samples_after_warm_up": len(warm),
         "rss_mib": [min(s["rss_mib"] for s in warm), max(s["rss_mib"] for s in warm)],

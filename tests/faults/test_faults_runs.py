@@ -50,6 +50,18 @@ def test_a_disk_that_fills_up_in_mid_run_loses_nothing_that_was_written_or_spill
     assert figures["spill"] == figures["cured"] == 0
 
 
+def test_a_signal_drains_a_second_one_cuts_and_the_next_start_says_what_was_cut(sweep):
+    assert sweep("signalled", "--trials", 4)["asked_twice"] > 0
+
+
+def test_answers_that_break_off_are_asked_again_and_published_whole(sweep):
+    assert sweep("broken_streams")["retried"] > 16
+
+
+def test_after_a_power_loss_no_row_that_counted_is_sent_again(sweep):
+    assert sweep("power_losses", "--trials", 25)["promises_kept"] > 100
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", ["killed_everywhere", "torn_everywhere", "killed_in_recovery", "failing_everywhere"])
 def test_sweep_every_disk_call(sweep, name):
@@ -59,6 +71,16 @@ def test_sweep_every_disk_call(sweep, name):
 @pytest.mark.sweep
 def test_sweep_a_thousand_kills(sweep):
     assert sweep("killed_at_random", "--trials", 1000, "--seed", 1, timeout=3600)["failures"] == 0
+
+
+@pytest.mark.sweep
+def test_sweep_a_thousand_power_losses(sweep):
+    assert sweep("power_losses", "--trials", 1000, "--seed", 1000, timeout=3600)["promises_kept"] > 1000
+
+
+@pytest.mark.sweep
+def test_sweep_signals(sweep):
+    assert sweep("signalled", "--trials", 60, timeout=900)["asked_twice"] > 0
 
 
 @pytest.mark.sweep
@@ -78,9 +100,9 @@ def test_sweep_soak(tmp_path):
     print(done.stdout)  # noqa: T201
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["exit_code"] == 5
-    assert figures["failed"] == 0
+    assert set(figures["failures"]) <= {"not_sse"}, "all but a web page instead of an answer is tried again"
     assert figures["retries"] > 0
-    # What a run keeps for each row as long as it lasts: its ordinal's place in flat arrays, no objects.
-    assert figures["rss_growth_mib"] < 4 + figures["rows"] * 24 / 2**20
+    # Failed attempts leave cycles of objects behind, which the rare garbage collections of a run take away.
+    assert figures["rss_growth_mib"] < 8
     assert figures["fds"][1] - figures["fds"][0] <= 40
     assert figures["tasks"][1] <= 140
