@@ -106,7 +106,7 @@ tpot      (latency − TTFT) / (completion tokens − 1); none without usage
 gap_max   longest gap between two events with output (events, not tokens)
 queue     due (allowed to start) → sent
 
-Client    degraded: event loop 9.4 ms late at p99 (limit 2 ms): use fewer
+Client    degraded: event loop 9.4 ms late at p99 (limit 3 ms): use fewer
           streams
           event-loop stall of 320 ms (limit 100 ms): maxima and p99.9 may be the
           client's; look for other load on this machine
