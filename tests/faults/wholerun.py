@@ -84,8 +84,11 @@ class Ended:
 
     def __init__(self, code: int, directory: Path, name: str) -> None:
         self.code = code
-        self.out = (directory / f"{name}.stdout").read_text()
-        self.err = (directory / f"{name}.stderr").read_text()
+        # A child that was killed at once has not opened its streams yet.
+        self.out, self.err = (
+            path.read_text() if path.exists() else ""
+            for path in (directory / f"{name}.stdout", directory / f"{name}.stderr")
+        )
 
     def __repr__(self) -> str:
         return f"exit {self.code}: {self.err[-600:]}"
