@@ -47,6 +47,7 @@ class Control:
     def __init__(self) -> None:
         self._runner: Runner | None = None
         self._early: Stop | None = None
+        self._stopped = asyncio.Event()
 
     def bind(self, runner: Runner) -> None:
         self._runner = runner
@@ -57,8 +58,15 @@ class Control:
     def stopping(self) -> bool:
         return self._early is not None
 
+    async def stopped(self) -> Stop:
+        """Returns when the run is to stop, with the reason."""
+        await self._stopped.wait()
+        assert self._early is not None  # noqa: S101  (set first)
+        return self._early
+
     def stop(self, reason: Stop) -> None:
         self._early = self._early or reason
+        self._stopped.set()
         if self._runner is not None:
             self._runner.stop(reason)
 

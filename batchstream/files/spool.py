@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from batchstream.errors import IdentityError
 from batchstream.files import fsio
@@ -17,8 +17,14 @@ from batchstream.files import fsio
 _CHUNK = 1 << 20
 
 
+class Readable(Protocol):
+    """What is asked of stdin."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 def spool_stdin(
-    stream: BinaryIO,
+    stream: Readable,
     directory: Path,
     *,
     new_job: bool = False,
@@ -55,7 +61,7 @@ def spool_stdin(
     return target
 
 
-def _copy(stream: BinaryIO, old: Path | None, fd: int, disk: fsio.Disk) -> tuple[int, bool]:
+def _copy(stream: Readable, old: Path | None, fd: int, disk: fsio.Disk) -> tuple[int, bool]:
     """Copy to `fd`; (bytes, whether they equal the old file as far as that goes)."""
     size, same = 0, True
     earlier = open(old, "rb") if old is not None else None  # noqa: SIM115  (closed below, and often None)

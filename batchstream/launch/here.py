@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,6 +104,24 @@ class _Stored(NamedTuple):
     unanswered: int = 0
 
 
+class _Interrupted(Exception):  # noqa: N818  (no error)
+    """The run is to stop, and no request has left yet."""
+
+
+class _Stdin:
+    """What is piped in, until the run is to stop: Ctrl-C also ends whoever writes the pipe, and an input that ends
+    there must not be taken for the whole."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def read(self, size: int, /) -> bytes:
+        data = sys.stdin.buffer.read(size)
+        if self._control.stopping:
+            raise _Interrupted
+        return data
+
+
 class _Run:
     def __init__(self, job: Job, plan: Plan, control: Control, hooks: Hooks, watch: Watch) -> None:
         self._job = job
@@ -131,6 +151,20 @@ class _Run:
 
     async def go(self) -> Report:
         self._out = output_of(self._job)
+        try:
+            return await self._go()
+        except _Interrupted:
+            stop = await self._control.stopped()
+            return Report(
+                exit_code=128 + stop.signal,
+                message=f"stopped: {stop.message}; nothing was sent",
+                output=self._out,
+                journal=journal_path(self._out),
+                summary=None,
+                stop=stop,
+            )
+
+    async def _go(self) -> Report:
         lock = None
         if self._job.input == "-":
             # What comes over a pipe can be read once only: it is kept in the journal, and that wants the lock first.
@@ -138,7 +172,7 @@ class _Run:
             if lock is None:
                 return self._skipped_run()
         try:
-            source = await asyncio.to_thread(self._open, lock)
+            source = await self._unless_stopped(self._open, lock)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -149,15 +183,36 @@ class _Run:
         try:
             if journal.final is not None:
                 return await self._already_done(journal, journal.final)
+            if self._control.stopping:
+                raise _Interrupted
             return await self._serve(source, journal)
         finally:
             await asyncio.to_thread(journal.close)
+
+    async def _unless_stopped(self, read: Callable[..., _T], *args: Any) -> _T:
+        """Call `read` in a thread that a stop leaves behind: a pipe may say nothing for ever. Raises _Interrupted."""
+        outcome: Future[_T] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(read(*args))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, name="input", daemon=True).start()
+        reading = asyncio.wrap_future(outcome)
+        stopped = asyncio.ensure_future(self._control.stopped())
+        await asyncio.wait((reading, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not reading.done():
+            raise _Interrupted
+        return reading.result()
 
     def _open(self, lock: Lock | None) -> Source:
         """The input, checked as far as it can be before the first request."""
         job, spool = self._job, None
         if lock is not None:
-            stdin = sys.stdin.buffer
+            stdin = _Stdin(self._control)
             spool = str(spool_stdin(stdin, lock.path, new_job=job.new_job, allow_append=job.allow_append))
         source = open_job_source(job, self._plan, spool)
         if job.invalid == "fail":
@@ -198,7 +253,9 @@ class _Run:
             try:
                 return await asyncio.to_thread(take, *args, **kwargs)
             except LockedError:
-                if time.monotonic() < deadline and not self._control.stopping:
+                if self._control.stopping:
+                    raise _Interrupted from None
+                if time.monotonic() < deadline:
                     await asyncio.sleep(0.2)
                 elif self._job.if_locked == "skip":
                     return None

@@ -9,11 +9,15 @@ import gc
 import gzip
 import json
 import random
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli import command, environment, rows_of
 from scripted import Wire, serving
 
 from batchstream.api import read_results, stream_results
@@ -235,3 +239,40 @@ async def test_what_the_input_says_after_a_stop_is_nobodys_error(caplog: pytest.
     gc.collect()
     await asyncio.sleep(0)
     assert caplog.records == []
+
+
+def piped(folder: Path) -> subprocess.Popen[bytes]:
+    """A run that has begun to read its stdin, and gets one line so far."""
+    run = subprocess.Popen(
+        command("run", "-", "-o", "out.jsonl", "--provider", "sim", "--model", "m"),
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert run.stdin is not None
+    run.stdin.write(b'{"prompt": "first"}\n')
+    run.stdin.flush()
+    while not (folder / "out.jsonl.journal/input.jsonl.tmp").exists():
+        time.sleep(0.02)
+    return run
+
+
+def test_a_signal_ends_a_run_that_waits_for_its_input(tmp_path: Path) -> None:
+    with piped(tmp_path) as run:
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == -signal.SIGTERM
+        assert run.stderr is not None
+        assert b"got SIGTERM; nothing was sent (exit 143; the same command resumes)" in run.stderr.read()
+
+
+def test_ctrl_c_on_both_ends_of_a_pipe_does_not_make_half_an_input_the_whole(tmp_path: Path) -> None:
+    run = piped(tmp_path)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.02)  # whoever writes the pipe gets it too, and takes a moment to go
+    run.communicate(timeout=30)
+    assert run.returncode == -signal.SIGINT
+    again = piped(tmp_path)
+    _, said = again.communicate(b'{"prompt": "second"}\n', timeout=60)
+    assert again.returncode == 0, said
+    assert len(rows_of(tmp_path / "out.jsonl")) == 2
