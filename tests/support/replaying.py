@@ -112,7 +112,7 @@ def coarse_differences(case: Case, row: Row) -> list[str]:
         ok = expect["state"] == "complete"
         against = [] if (row["status"] == "ok") == ok else [f"status: got {row['status']!r} ({row['error']})"]
         if ok and not against:
-            against = _choices(expect, row) + ([] if _holds(row["usage"], expect["usage"]) else ["usage"])
+            against = _choices(expect, row) + ([] if _holds(_usage(row), expect["usage"]) else ["usage"])
         if not against:
             return []
         found = found or against
@@ -124,6 +124,11 @@ def _holds(got: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
         return isinstance(got, dict) and all(_holds(got.get(key), value) for key, value in wanted.items())
     return wanted is None or bool(got == wanted)
+
+
+def _usage(row: Row) -> Row:
+    """Usage under the names and with the details that the endpoint sent."""
+    return (row["extra"] or {}).get("usage") or row["usage"] or {}
 
 
 def _check(wrong: list[str], what: str, got: Any, wanted: Any) -> None:
@@ -145,7 +150,7 @@ def _against(expect: Row, row: Row) -> list[str]:
     if expect["usage"] is None:
         _check(wrong, "usage", row["usage"], None)
     else:
-        raw = (row["extra"] or {}).get("usage") or row["usage"] or {}
+        raw = _usage(row)
         _check(wrong, "usage", {key: raw.get(key) for key in expect["usage"]}, expect["usage"])
     return wrong
 
