@@ -78,7 +78,7 @@ class LocalServer:
         if importlib.util.find_spec("xllamacpp") is None:
             raise UsageError(
                 "the provider local needs llama.cpp's server (extra 'local'); "
-                f"run: {sys.executable} -m pip install 'xllamacpp>=2025.9'"
+                f"run: {sys.executable} -m pip install 'xllamacpp>=2026.10'"
             )
         model = weights() if self._model_file is None else Path(self._model_file)
         if not model.is_file():

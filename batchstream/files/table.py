@@ -91,6 +91,8 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
+        if file.num_row_groups == 0:
+            return  # pyarrow 18 cannot iterate over none
         for batch in file.iter_batches(batch_size=1024, use_threads=False):
             for row in batch.to_pylist():
                 yield {field.name: _from_arrow(row[field.name], field) for field in schema}

@@ -183,7 +183,7 @@ def alive(pid: int) -> bool:
 
 def test_without_the_extra_the_message_is_the_line_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"-m pip install 'xllamacpp>=2025.9'"):
+    with pytest.raises(UsageError, match=r"-m pip install 'xllamacpp>=2026.10'"):
         LocalServer().start()
 
 

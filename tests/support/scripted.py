@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -59,6 +60,8 @@ async def serving(handler: Handler, **options: object) -> AsyncIterator[str]:
         finally:
             tasks.discard(task)
             writer.close()
+            with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(writer.wait_closed(), 1)
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, **options)  # type: ignore[arg-type]
     scheme = "https" if options.get("ssl") else "http"
