@@ -86,6 +86,40 @@ def test_streamed_text_and_usage_equal_the_servers_own_answer(api: str, base_url
         assert row["timing"]["latency_s"] >= row["timing"]["ttft_s"]
 
 
+def of_the_answer(value: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs from request to request (ids, clocks), and without nulls that one side spells out."""
+    passing = ("id", "created", "timings")
+    return {key: item for key, item in value.items() if key not in passing} | {
+        "choices": [without_nulls(choice) for choice in value["choices"]]
+    }
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def test_exported_batch_lines_hold_the_bodies_that_the_server_gives_without_streaming(
+    base_url: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": prompt, **PARAMS} for prompt in PROMPTS]
+    rows[1] |= {"logprobs": True, "top_logprobs": 2}
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = batchstream("run", source, "-o", "out.jsonl", "--base-url", base_url, "--model", "m", "--concurrency", 1,
+                       cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = batchstream("export", "out.jsonl", "--format", "openai-batch", "-o", "batch.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row, line in zip(rows, rows_of(tmp_path / "batch.jsonl"), strict=True):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        asked = {"model": "m", "messages": messages} | {key: row[key] for key in row if key != "prompt"}
+        body = line["response"]["body"]
+        assert (line["error"], line["response"]["status_code"], body["object"]) == (None, 200, "chat.completion")
+        assert of_the_answer(body) == of_the_answer(post(base_url, API_OF["chat"], asked))
+
+
 def test_a_prompt_longer_than_the_context_fails_that_row_alone(base_url: str, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "word " * 5000, **PARAMS}, {"prompt": PROMPTS[0], **PARAMS}]
