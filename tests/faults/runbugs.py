@@ -19,10 +19,7 @@ from batchstream.wire import reception
 def asks_before_the_row_is_noted() -> None:
     """The request leaves without a word in the journal."""
 
-    async def admit(self: Any, request: Any) -> None:
-        return None
-
-    store.Store.admit = admit  # type: ignore[method-assign]
+    store.Store.admit = lambda self, request: True  # type: ignore[method-assign]
 
 
 def asks_before_the_segment_is_durable() -> None:
@@ -221,7 +218,7 @@ BUGS: dict[str, tuple[Callable[[], None], tuple[object, ...], str]] = {
         (writes_the_results_in_place, ("torn_everywhere", "--first", -50), "not the uninterrupted run's"),
         (counts_before_the_sync, ("power_losses", "--trials", 60), "counted as done, then sent again"),
         (cleans_up_a_stale_lock, ("started_at_once", "--trials", 10), "AssertionError: exit"),
-        (publishes_what_there_is, ("signalled", "--trials", 2), "AssertionError: exit 0"),
+        (publishes_what_there_is, ("signalled", "--trials", 2), "not the uninterrupted run's"),
         (cuts_instead_of_draining, ("signalled", "--trials", 2), "answers were cut by the first signal"),
         (forgets_that_what_was_cut_may_be_billed, ("signalled", "--trials", 4), "twice, printed 0"),
         (tells_a_signal_as_success, ("signalled", "--trials", 2), "AssertionError: exit 0"),

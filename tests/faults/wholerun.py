@@ -102,6 +102,8 @@ class Child:
     ) -> None:
         """`before` is called in the child first: to put another disk in, or a bug."""
         self.directory, self.name = directory, name
+        streams = [os.open(directory / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                   for stream in ("stdout", "stderr")]  # fmt: skip
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -110,8 +112,9 @@ class Child:
             try:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 os.chdir(directory)
-                for number, stream in ((1, "stdout"), (2, "stderr")):
-                    os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+                for number, stream in enumerate(streams, start=1):
+                    os.dup2(stream, number)
+                    os.close(stream)
                 sys.argv = ["batchstream", *map(str, args)]
                 if before is not None:
                     before()
@@ -122,6 +125,8 @@ class Child:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+        for stream in streams:
+            os.close(stream)
 
     def poll(self) -> bool:
         """Has it ended? (It stays to be waited for.)"""
