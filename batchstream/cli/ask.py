@@ -84,6 +84,7 @@ class _Stage:
         self._on_terminal = sys.stdout.isatty()
         self._column = 0
         self._thinking = False
+        self._text, self._thoughts = voice.veil(), voice.veil()
 
     def show(self, delta: Delta) -> None:
         if delta.index != 0 or delta.kind == "tool_call":
@@ -91,22 +92,23 @@ class _Stage:
         if delta.kind == "reasoning":
             if self._show_reasoning:
                 self._thinking = True
-                self._voice.aside(delta.text)
+                self._voice.aside(self._thoughts.over(delta.text))
             return
         self._stop_thinking()
-        self._out(delta.text)
+        self._out(self._text.over(delta.text))
 
     def end(self, result: Result) -> None:
         """Tool calls, which are of no use in pieces, and the end of the last line."""
         self._stop_thinking()
+        self._out(self._text.rest())
         for call in result.tool_calls or ():
             self._new_line()
-            self._out(msgspec.json.encode(call.function).decode())
+            self._out(self._voice.redact(msgspec.json.encode(call.function).decode()))
         self._new_line()
 
     def _stop_thinking(self) -> None:
         if self._thinking:
-            self._voice.aside("\n")
+            self._voice.aside(self._thoughts.rest() + "\n")
             self._thinking = False
 
     def _new_line(self) -> None:

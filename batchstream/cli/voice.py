@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -66,17 +66,19 @@ class Voice:
         return self._stream is not None and self._stream.isatty() and not os.environ.get("NO_COLOR")
 
     def hide(self, secret: str) -> None:
-        from batchstream.endpoints.credentials import SECRET_LENGTH
+        from batchstream.endpoints.credentials import SECRET_LENGTH, spellings
 
         if len(secret) >= SECRET_LENGTH:
-            self._secrets.append(secret)
+            self._secrets += spellings(secret)
 
     def redact(self, text: str) -> str:
         """`text` without the secrets, as they are and as JSON spells them."""
         for secret in self._secrets:
-            for spelling in (secret, secret.replace("\\", "\\\\").replace('"', '\\"')):
-                text = text.replace(spelling, "[key]")
+            text = text.replace(secret, "[key]")
         return text
+
+    def veil(self) -> Veil:
+        return Veil(self._secrets)
 
     def blamed(self, message: str) -> str:
         """A refusal for the account's sake, with where the key came from: that is what to look at."""
@@ -146,6 +148,32 @@ class Voice:
             os.dup2(hole, self._stream.fileno())
             os.close(hole)
             self._stream = None
+
+
+class Veil:
+    """Running text without the secrets, wherever its pieces are cut: what may be the beginning of one waits for what
+    follows. `rest` gives what waits at the end."""
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        self._secrets = secrets
+        self._waiting = ""
+
+    def over(self, piece: str) -> str:
+        text = self._waiting + piece
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]")
+        held = max((_overlap(text, secret) for secret in self._secrets), default=0)
+        self._waiting = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        text, self._waiting = self._waiting, ""
+        return text
+
+
+def _overlap(text: str, secret: str) -> int:
+    """How much of the end of `text` is the beginning of `secret`."""
+    return next((n for n in range(min(len(text), len(secret) - 1), 0, -1) if text.endswith(secret[:n])), 0)
 
 
 def one_line(text: str) -> str:

@@ -30,6 +30,15 @@ class Key(msgspec.Struct, frozen=True):
         return f"Key(from {self.origin})"
 
 
+def spellings(secret: str) -> tuple[str, ...]:
+    """The secret as it is, and as JSON, JSON within JSON (a tool's arguments) and a JSON log of that spell it: one and
+    the same unless there are quotes or backslashes in it."""
+    found = [secret]
+    for _ in range(3):
+        found.append(msgspec.json.encode(found[-1]).decode()[1:-1])
+    return tuple(dict.fromkeys(found))
+
+
 def find_key(
     env: str | None, file: str | None, default_env: str | None, environ: Mapping[str, str] = os.environ
 ) -> Key | None:

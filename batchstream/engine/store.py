@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from batchstream.endpoints.credentials import spellings
 from batchstream.engine.progress import Progress
 from batchstream.engine.runner import Stop
 from batchstream.errors import StorageError
@@ -55,8 +56,8 @@ class Store:
         self._segment = segment
         self._progress = progress
         self._group = group
-        self._secret = secret
-        self._spelled = _encode(secret)[1:-1] if secret else None  # as it stands in JSON
+        self._secrets = spellings(secret) if secret else ()
+        self._spelled = tuple(_encode(text)[1:-1] for text in self._secrets)  # as they stand in a record
         self._spill_dir = spill_dir
         self._stop = stop
         self._on_durable = on_durable
@@ -87,8 +88,8 @@ class Store:
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
-        if self._secret is not None and self._spelled is not None and self._spelled in data:
-            data = _encode(_without(msgspec.json.decode(data), self._secret))
+        if any(spelled in data for spelled in self._spelled):
+            data = _encode(_without(msgspec.json.decode(data), self._secrets))
             result = msgspec.json.decode(data, type=Result)
         ok = result.status == "ok"
         kind = "" if result.error is None else result.error.kind
@@ -211,12 +212,14 @@ class Store:
         return f"{error}; {count} unsaved results are in {path}, the next start with the same --spill-dir takes them in"
 
 
-def _without(value: Any, secret: str) -> Any:
-    """`value` with the secret taken out of every text in it."""
+def _without(value: Any, secrets: tuple[str, ...]) -> Any:
+    """`value` with the secrets taken out of every text in it."""
     if isinstance(value, str):
-        return value.replace(secret, "[key]")
+        for secret in secrets:
+            value = value.replace(secret, "[key]")
+        return value
     if isinstance(value, list):
-        return [_without(item, secret) for item in value]
+        return [_without(item, secrets) for item in value]
     if isinstance(value, dict):
-        return {_without(name, secret): _without(item, secret) for name, item in value.items()}
+        return {_without(name, secrets): _without(item, secrets) for name, item in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""Everything a network can do to a request, at every place where it can: {fault} x {place} through transport and runner.
+"""Everything a network can do to a request, wherever it can: {fault} x {place} through transport and runner.
 
 Each cell ends in the documented kind, in bounded time and memory, after the right number of attempts, on both ways
 through aiohttp. `MATRIX` is the whole of it; a cell that is missing there has no meaning (a redirect in mid-body).
@@ -176,7 +176,8 @@ MATRIX: dict[str, tuple[Fault, dict[str, Cell]]] = {
     "FIN": (fin, {**dict.fromkeys(EARLY, tried("disconnected")), "after headers": tried("empty_stream"),
                   "between events": tried("truncated"), "after finish_reason": OK}),
     "FIN in mid-event": (fin_in_an_event, {**dict.fromkeys(EARLY, tried("disconnected")),
-                  "after headers": tried("empty_stream"), "between events": tried("truncated"), "after finish_reason": OK}),
+                  "after headers": tried("empty_stream"), "between events": tried("truncated"),
+                  "after finish_reason": OK}),
     "FIN in mid-UTF-8": (fin_in_a_character, {**dict.fromkeys(PLACES, tried("empty_stream")),
                   "between events": tried("truncated"), "after finish_reason": OK}),
     "stall": (stall, {**dict.fromkeys(PLACES, tried("timeout")), "after finish_reason": OK}),
@@ -344,8 +345,8 @@ async def test_a_storm_of_429_is_waited_out_without_eating_attempts(path: str) -
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     key, cert = folder / "key.pem", folder / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]  # fmt: skip
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert),
+               "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return cert, key
 
@@ -436,8 +437,8 @@ def test_an_event_of_a_gigabyte_is_given_up_in_bounded_memory(path: str) -> None
         base = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         try:
             asked = subprocess.run(
-                [sys.executable, "-c", ASK_IN_A_CHILD, base, path], capture_output=True, text=True, env=env, timeout=120,
-                check=False,
+                [sys.executable, "-c", ASK_IN_A_CHILD, base, path],
+                capture_output=True, text=True, env=env, timeout=120, check=False,
             )  # fmt: skip
             assert asked.returncode == 0, asked.stderr
             sent = [int(server.stdout.readline()) for _ in range(ATTEMPTS)]
