@@ -1,8 +1,9 @@
 """How much of the figures is the client's own doing, and whether they may be trusted.
 
 A client that is late to read a byte reports its own lateness as the endpoint's latency. So each run measures itself,
-and the verdict compares that with what the product promises: latencies right to 2 ms or 1 % at the 99th percentile. Every
-limit below is a constant with the reason for its size; a run past one of them is `degraded`, which says what to do.
+and the verdict compares that with what the product promises: latencies right to 2 ms or 1 % at the 99th percentile.
+Every limit below is a constant with the reason for its size; a run past one of them is `degraded`, which says what to
+do.
 """
 
 from __future__ import annotations
