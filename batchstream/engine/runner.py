@@ -261,7 +261,8 @@ class Runner:
             self._sink.gave_up(course.request, maybe_billed=False)
             if self.stop_reason is None and (failure := attempt.failure) is not None:
                 cause: Literal["account", "endpoint"] = "account" if failure.kind in ACCOUNT_KINDS else "endpoint"
-                self.stop_reason = Stop(cause, f"{failure.kind}: {failure.message}")
+                way_out = "if only these rows are refused, --breaker off records them as failed"
+                self.stop_reason = Stop(cause, f"{failure.kind}: {failure.message}; {way_out}")
         self._refused.clear()
 
     def _finish(self, course: Course, attempt: Attempt) -> None:

@@ -276,3 +276,15 @@ def test_ctrl_c_on_both_ends_of_a_pipe_does_not_make_half_an_input_the_whole(tmp
     _, said = again.communicate(b'{"prompt": "second"}\n', timeout=60)
     assert again.returncode == 0, said
     assert len(rows_of(tmp_path / "out.jsonl")) == 2
+
+
+def test_a_last_row_that_is_always_refused_has_a_way_out_that_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "poison" if i == 9 else f"q {i}"}) + "\n" for i in range(10)))
+    with running(SimulateConfig(tokens=4, faults=("403~poison",))) as simulator:
+        for _ in range(2):
+            report = run(Job(input=str(path), base_url=simulator.base_url, model="m", concurrency=1))
+            assert (report.exit_code, "--breaker off" in report.message) == (4, True)
+        report = run(Job(input=str(path), base_url=simulator.base_url, model="m", breaker="off"))
+        assert report.summary is not None
+        assert (report.exit_code, report.summary.rows.ok, report.summary.rows.failed) == (3, 9, 1)
