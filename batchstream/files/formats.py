@@ -96,6 +96,11 @@ def open_format(place: InputPlace, max_line_bytes: int) -> Format:
     with _input_errors(place):
         file = _open_bytes(place.path)
         magic = file.peek(4)[:4]
+        if not magic and place.name.endswith((".parquet", ".gz", ".zst")):
+            # Even without a row such a file has bytes: this one is what an interrupted copy leaves.
+            file.close()
+            kind = place.name.rpartition(".")[2]
+            raise InputError(f"{place.name}: expected a {kind} file, got an empty one; get a complete copy")
         if magic == b"PAR1":
             file.close()
             return ParquetRows(place)

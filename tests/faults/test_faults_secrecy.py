@@ -1,7 +1,7 @@
 """The canary: a key that an endpoint repeats in every way it can, searched for in every byte that comes out of us.
 
-Searched are stdout, stderr, each file of the job (journal, results, summaries, exports; Parquet decoded) and the command
-lines of our processes; looked for is the key as it is, as JSON spells it, and in base64.
+Searched are stdout, stderr, each file of the job (journal, results, summaries, exports; Parquet decoded) and the
+command lines of our processes; looked for is the key as it is, as JSON spells it, and in base64.
 """
 
 from __future__ import annotations
