@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cli import GOOD_KEY
 
 from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
-
-GOOD_KEY = "shuttle-good-0123456789"
-BAD_KEY = "shuttle-wrong-9876543210"
 
 
 @pytest.fixture(autouse=True, scope="session")

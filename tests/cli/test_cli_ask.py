@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from cli import batchstream, command, environment, start
-from conftest import BAD_KEY
+from cli import BAD_KEY, batchstream, command, environment, start
 from terminal import in_terminal
 
 from batchstream.endpoints.simulate import Simulator

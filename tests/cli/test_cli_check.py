@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import batchstream, command, environment
-from conftest import BAD_KEY, GOOD_KEY
+from cli import BAD_KEY, GOOD_KEY, batchstream, command, environment
 
 from batchstream.cli.survey import survey
 from batchstream.endpoints.simulate import Simulator

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli import batchstream, command, environment, rows_of, start
-from conftest import BAD_KEY, GOOD_KEY
+from cli import BAD_KEY, GOOD_KEY, batchstream, command, environment, rows_of, start
 
 from batchstream.endpoints.simulate import Simulator
 

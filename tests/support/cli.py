@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+GOOD_KEY = "shuttle-good-0123456789"
+BAD_KEY = "shuttle-wrong-9876543210"
+
 TIMING = ("timing", "retries", "attempts")
 """What may differ between two runs that give the same answers."""
 
