@@ -30,7 +30,7 @@ ERRORS = {
     "unlink": (errno.EIO,),
     "mkdir": (errno.EACCES, errno.ENOSPC),
     "lock": (errno.ENOLCK,),
-    "close": (),
+    "close": (errno.EIO,),
 }
 
 
@@ -65,6 +65,11 @@ class CountingDisk:
             number = next(self.numbers)
             self.log.append(name)
             hit = number == self.at or (0 <= self.at < number and name == self.lasting)
+            if hit and self.act is not None and name == "close":
+                real(*args)  # lets go of the file, whatever it says (Linux)
+                if self.act(name) == "torn":
+                    kill(name)
+                return None
             if hit and self.act is not None:
                 how = self.act(name)
                 if how in ("short", "torn", "half") and name == "write":
