@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yarl
-from batchstream.wire.reception import Reception
 
 from batchstream.net.deadlines import Limits, overdue
 from batchstream.records import Failure
+from batchstream.wire.reception import Reception
 
 GRACE_S = 0.1
 """How long the end of a message is awaited once the answer in it is complete."""
