@@ -111,6 +111,9 @@ class Child:
             code = 99
             try:
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                # Whoever started us in the background may have had these ignored, and a run keeps to that.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
                 os.chdir(directory)
                 for number, stream in enumerate(streams, start=1):
                     os.dup2(stream, number)
