@@ -15,7 +15,7 @@ from batchstream.connect import opened, plan
 from batchstream.engine.client import Client
 from batchstream.engine.course import Course
 from batchstream.engine.outcome import result_of
-from batchstream.engine.runner import Stop, iso
+from batchstream.engine.runner import Stop
 from batchstream.errors import BudgetError, StoppedError
 from batchstream.files import results
 from batchstream.job import Job
@@ -107,8 +107,7 @@ async def _ask(
     epoch = time.time() - time.monotonic()
     course = Course(request, policy, send, wait)
     attempt = await course.run()
-    sent = attempt.timing.sent
-    queue.put_nowait(result_of(request, attempt, course.retries, None if sent is None else iso(epoch + sent)))
+    queue.put_nowait(result_of(request, attempt, course.retries, epoch))
 
 
 def read_results(out: str | Path) -> Iterator[Result]:

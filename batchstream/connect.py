@@ -32,6 +32,11 @@ class Plan(msgspec.Struct, frozen=True):
     key: Key | None
     rpm: float | None
 
+    @property
+    def secret(self) -> str | None:
+        """What must be written nowhere."""
+        return self.key.secret if self.key is not None else None
+
 
 def plan(job: Job, *, with_key: bool = True) -> Plan:
     """Raises UsageError for what makes no sense, StoppedError when the key is not there (`with_key` False: looks for

@@ -16,7 +16,7 @@ FLOORS = {
     "wire": 1, "policy": 1, "figures": 1,
     "files": 2, "net": 2, "endpoints": 2,
     "engine": 3,
-    "connect": 4, "shard": 4,
+    "connect": 4, "intake": 4, "shard": 4,
     "launch": 5, "report": 5, "api": 6,
     "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+import msgspec
 
 from batchstream.cli.options import JobCommand, job_of, job_params
 from batchstream.cli.voice import Voice, emit, one_line
-from batchstream.errors import BatchstreamError, IdentityError, InputError, LockedError, StorageError, UsageError
+from batchstream.errors import BatchstreamError, InputError, LockedError, StorageError, UsageError
 from batchstream.job import Job
 
 if TYPE_CHECKING:
     from batchstream.cli.survey import Survey
     from batchstream.connect import Plan
+    from batchstream.files.manifest import Manifest
     from batchstream.files.source import Source
 
 HELP = """Check SOURCE and all options as `run` would, without sending a prompt.
@@ -135,7 +137,7 @@ def _input(job: Job) -> Iterator[str | None]:
 
 
 def _opened(job: Job, plan: Plan, spool: str | None) -> Source:
-    from batchstream.launch.here import open_job_source
+    from batchstream.intake import open_job_source
 
     return open_job_source(job, plan, spool)
 
@@ -145,7 +147,7 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
     from batchstream.files.lock import holder, journal_path
     from batchstream.files.manifest import load_final, load_manifest
     from batchstream.files.results import read_journal
-    from batchstream.launch.here import output_of
+    from batchstream.intake import output_of
 
     out = output_of(job)
     journal = journal_path(out)
@@ -161,7 +163,8 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
         return f"{out} (free)"
     if job.new_job:
         return f"{out} (starts over: the answers of the earlier job are put aside)"
-    _check_same(job, plan, source, journal)
+    if not _goes_on(job, plan, source, journal, manifest):
+        return f"{out} (begins: nothing was answered under the job that was there)"
     stored, final = read_journal(out), load_final(journal)
     counts = f"{stored.ok:,} ok and {stored.failed:,} failed rows are stored"
     if final is not None and not final.reopened and not (job.retry_failed and stored.failed):
@@ -169,18 +172,16 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
     return f"{out} (a run resumes: {counts})"
 
 
-def _check_same(job: Job, plan: Plan, source: Source, journal: Path) -> None:
-    from batchstream.files.fingerprint import input_differences, input_fingerprint, job_differences
-    from batchstream.files.manifest import load_manifest
-    from batchstream.launch.here import identity
+def _goes_on(job: Job, plan: Plan, source: Source, journal: Path, kept: Manifest) -> bool:
+    """Whether a run goes on with the job that is there. Raises what it would raise (`files.journal.same_job`)."""
+    from batchstream.files.fingerprint import input_fingerprint
+    from batchstream.files.journal import same_job
+    from batchstream.intake import identity
 
-    manifest = load_manifest(journal)
-    assert manifest is not None  # noqa: S101  (the caller's condition)
-    lines = job_differences(manifest.job, identity(job, plan))
-    if job.input != "-":  # a copy of stdin has another name and time
-        lines += input_differences(manifest.input, input_fingerprint(source), allow_append=job.allow_append)
-    if lines:
-        raise IdentityError(f"{journal} is another job's: {'; '.join(lines)}; see --new-job and --allow-append")
+    # A copy of stdin has another name and time.
+    files = kept.input if job.input == "-" else input_fingerprint(source)
+    wanted = msgspec.structs.replace(kept, job=identity(job, plan), input=files)
+    return same_job(journal, kept, wanted, allow_append=job.allow_append, retry_failed=job.retry_failed)
 
 
 def _rows(job: Job, plan: Plan, source: Source, card: Card) -> None:

@@ -47,7 +47,7 @@ class Course:
     async def run(self) -> Attempt:
         """Attempt until the policy is content or gives up; the last attempt is returned."""
         attempt = await self._send(self)
-        if not self._again(attempt):
+        if not _failed_for_now(attempt) or not self._policy.may_retry([_failure(attempt)], 0.0):
             return attempt
         # The first attempt is made before tenacity takes over: its bookkeeping costs 20 µs of CPU,
         # which nearly every row can do without.
@@ -69,11 +69,6 @@ class Course:
             retry_error_callback=_last,
         )
         return await retrying(next_attempt)
-
-    def _again(self, attempt: Attempt) -> bool:
-        if not _failed_for_now(attempt):
-            return False
-        return self._policy.may_retry([*self._failures, _failure(attempt)], self._limit_waits)
 
     def _give_up(self, state: RetryCallState) -> bool:
         return not self._policy.may_retry(self._failures, self._limit_waits)

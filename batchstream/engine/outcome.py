@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from batchstream.figures.latency import latencies
 from batchstream.records import Attempt, Choice, Completion, Failure, InvalidRow, Request, Result, Retry, RowError
 
 _MESSAGE_LIMIT = 2000
 
 
-def result_of(request: Request, attempt: Attempt, earlier: list[Retry], started_at: str | None) -> Result:
+def result_of(request: Request, attempt: Attempt, earlier: list[Retry], epoch: float) -> Result:
     """The result of a row whose last attempt is `attempt`; `earlier` are the failed ones before it.
 
-    A failed row keeps the partial text and usage of its last attempt; attempts are never joined.
+    A failed row keeps the partial text and usage of its last attempt; attempts are never joined. `epoch` is the date,
+    in seconds, at which the monotonic clock stood at 0: instants become dates by it.
     """
     completion = attempt.completion or Completion(choices=[])
     first = completion.choices[0] if completion.choices else Choice(index=0)
@@ -31,7 +34,7 @@ def result_of(request: Request, attempt: Attempt, earlier: list[Retry], started_
         response_id=completion.response_id,
         request_id=attempt.request_id,
         usage=completion.usage,
-        timing=latencies(attempt.timing, completion.usage, started_at),
+        timing=latencies(attempt.timing, completion.usage, _date(attempt.timing.sent, epoch)),
         attempts=len(earlier) + 1,
         retries=earlier,
         error=None if failure is None else _row_error(failure),
@@ -61,6 +64,14 @@ def invalid_result(row: InvalidRow) -> Result:
     """A malformed row's result: failed, nothing was sent."""
     return Result(row=row.row, id=row.id, status="failed", attempts=0, input=row.keep,
                   error=RowError("invalid_row", None, row.message[:_MESSAGE_LIMIT], retryable=False))  # fmt: skip
+
+
+def _date(instant: float | None, epoch: float) -> str | None:
+    """ISO 8601 in UTC, to the microsecond, of an instant of the monotonic clock."""
+    if instant is None:
+        return None
+    date = datetime.fromtimestamp(epoch + instant, UTC)
+    return date.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _row_error(failure: Failure) -> RowError:

@@ -17,7 +17,6 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -266,9 +265,7 @@ class Runner:
         self._refused.clear()
 
     def _finish(self, course: Course, attempt: Attempt) -> None:
-        sent = attempt.timing.sent
-        started_at = None if sent is None else iso(self._epoch + sent)
-        self._sink.done(course.request, result_of(course.request, attempt, course.retries, started_at))
+        self._sink.done(course.request, result_of(course.request, attempt, course.retries, self._epoch))
 
     async def _send(self, course: Course) -> Attempt:
         """One attempt: through the lane, onto the wire, and the news it brings for the lane."""
@@ -332,8 +329,3 @@ class Runner:
         async with self._turn:
             while (wait := lane.reserve(time.monotonic())) > 0.0:  # noqa: ASYNC110  (time itself opens the lane)
                 await asyncio.sleep(wait)
-
-
-def iso(epoch: float) -> str:
-    """Seconds since the epoch as ISO 8601 in UTC, to the microsecond."""
-    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -117,7 +117,9 @@ class Store:
             except StorageError as error:
                 self._refused = self._refused or error
             if self._refused is not None:
-                raise StorageError(await self._last_resort(self._refused))
+                message = await self._last_resort(self._refused)
+                self._segment.abandon()
+                raise StorageError(message)
         finally:
             self._thread.shutdown(wait=True)
 

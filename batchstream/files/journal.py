@@ -112,13 +112,11 @@ class JournalDir:
             raise DamagedError(
                 f"{directory}: holds answers but no MANIFEST.json; restore it, or start over with --new-job"
             )
-        differences = [] if kept is None or new_job else _differences(kept, wanted, allow_append, retry_failed)
-        if kept is None or new_job or (differences and _is_unused(directory, kept)):
-            manifest = _begin_job(out, wanted, kept, overwrite, disk)
-        elif differences:
-            raise _other_job(directory, differences)
-        else:
+        ways = {"allow_append": allow_append, "retry_failed": retry_failed}
+        if kept is not None and not new_job and same_job(directory, kept, wanted, **ways):
             manifest = msgspec.structs.replace(kept, input=wanted.input)
+        else:
+            manifest = _begin_job(out, wanted, kept, overwrite, disk)
         _put_aside(directory, manifest.job_id, disk)
         if spill_dir is not None:
             _take_in_spills(directory, spill_dir, disk)
@@ -224,23 +222,26 @@ def _begin_job(out: Path, wanted: Manifest, kept: Manifest | None, overwrite: bo
     return manifest
 
 
-def _differences(kept: Manifest, wanted: Manifest, allow_append: bool, retry_failed: bool) -> list[str]:
+def same_job(
+    directory: Path, kept: Manifest, wanted: Manifest, *, allow_append: bool = False, retry_failed: bool = False
+) -> bool:
+    """Whether a start with the manifest `wanted` goes on with the job `kept` in `directory`.
+
+    False: it is another one, but nothing was ever answered or may have been billed under the old manifest, so that
+    there is nothing to protect (a first start with a wrong URL must not make the second one, with the right URL, ask
+    for --new-job). Otherwise another job is an IdentityError that names each difference.
+    """
     lines = job_differences(kept.job, wanted.job)
-    return lines + input_differences(kept.input, wanted.input, allow_append=allow_append, mended=retry_failed)
-
-
-def _is_unused(directory: Path, kept: Manifest) -> bool:
-    """Nothing was ever answered or may have been billed under the old manifest: there is nothing to protect.
-    (A first start with a wrong URL must not make the second one with the right URL ask for --new-job.)"""
+    lines += input_differences(kept.input, wanted.input, allow_append=allow_append, mended=retry_failed)
+    if not lines:
+        return True
     found = recover(directory, kept.salt, strict=False)
-    return not (found.ok or found.failed or found.asked_again or found.skipped_records)
-
-
-def _other_job(directory: Path, differences: list[str]) -> IdentityError:
+    if not (found.ok or found.failed or found.asked_again or found.skipped_records):
+        return False
     ways = "restore them, choose another --output, or start over with --new-job"
-    if any(line.startswith("input") for line in differences):
+    if any(line.startswith("input") for line in lines):
         ways = f"{ways} (--allow-append accepts an input that has only grown at its end)"
-    return IdentityError(f"{directory} belongs to another job or input: {'; '.join(differences)}; {ways}")
+    raise IdentityError(f"{directory} belongs to another job or input: {'; '.join(lines)}; {ways}")
 
 
 def _put_aside(directory: Path, job_id: str, disk: fsio.Disk) -> None:

@@ -71,6 +71,11 @@ class Recovered:
         self._digest = array("Q")
         self._open = bytearray()
 
+    @property
+    def rows_done(self) -> int:
+        """How many rows must not be sent (see `done`)."""
+        return self.ok if self.retry_failed else self.ok + self.failed
+
     def done(self, row: int) -> bool:
         """True when the row has a stored outcome and must not be sent (with retry_failed: a stored success)."""
         where = self._where[row] if row < len(self._where) else 0

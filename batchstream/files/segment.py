@@ -47,7 +47,7 @@ class _Outcome(NamedTuple):
 class Segment:
     """Where one worker of a job appends. Thread-safe.
 
-    `trouble`: why the disk refuses at present, or None. `durable_rows`: outcomes of this process on stable storage.
+    `trouble`: why the disk refuses at present, or None.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class Segment:
     ) -> None:
         """Creates the file and returns when its name and header are on stable storage. Raises StorageError."""
         self.trouble: str | None = None
-        self.durable_rows = 0
         self._directory = directory
         self._job_id = job_id
         self._salt = salt
@@ -313,7 +312,6 @@ class Segment:
         with self._state:
             while self._written and self._written[0].end <= target:
                 self._safe.append(self._written.popleft().row)
-                self.durable_rows += 1
             self._unsynced_bytes -= covered
             self._synced = target
             if self._replace or self.trouble:

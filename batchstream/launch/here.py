@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -35,12 +34,12 @@ from batchstream.files.journal import JournalDir
 from batchstream.files.lock import Lock, hold, journal_path
 from batchstream.files.manifest import Final, Manifest
 from batchstream.files.recovery import recover
-from batchstream.files.source import Row, Source, SourceSpec, open_source
+from batchstream.files.source import Row, Source
 from batchstream.files.spool import spool_stdin
+from batchstream.intake import identity, open_job_source, output_of
 from batchstream.job import Job
-from batchstream.records import Api, InvalidRow
+from batchstream.records import InvalidRow
 from batchstream.shard import Control, Hooks, run_shard
-from batchstream.wire.body import build_body
 
 EXIT_OF = {"account": 4, "endpoint": 4, "budget": 5, "storage": 14}
 
@@ -83,17 +82,13 @@ async def run_async(
 ) -> Report:
     """See `run`. `control` stops the run from outside."""
     control = control or Control()
-    whole = _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext_watch)
+    whole = _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext)
     restore = _listen(control, whole.say_signal) if handle_signals else None
     try:
         return await whole.go()
     finally:
         if restore is not None:
             restore()
-
-
-def nullcontext_watch(progress: Progress) -> AbstractContextManager[Any]:
-    return nullcontext(progress)
 
 
 class _Stored(NamedTuple):
@@ -135,17 +130,17 @@ class _Run:
         self._skipped = 0
         self._exhausted = False
         self._evidence: Evidence | None = None
-        self.progress: Progress | None = None
+        self._progress: Progress | None = None
 
     def say_signal(self, number: signal.Signals, again: bool) -> None:
-        in_flight = self.progress.in_flight if self.progress is not None else 0
+        in_flight = self._progress.in_flight if self._progress is not None else 0
         if again:
             text = f"{number.name} again: cutting {in_flight} requests"
         else:
             limit = f"--drain-timeout {self._job.drain_timeout:g} s"
             text = f"{number.name}: draining {in_flight} requests ({limit}); once more cuts them"
-        if self.progress is not None:
-            self.progress.message = text
+        if self._progress is not None:
+            self._progress.message = text
         if self._hooks.on_note is not None:
             self._hooks.on_note(text)
 
@@ -279,8 +274,8 @@ class _Run:
 
     async def _serve(self, source: Source, journal: JournalDir) -> Report:
         job, recovered = self._job, journal.recovered
-        before = recovered.ok + (0 if job.retry_failed else recovered.failed)
-        progress = self.progress = Progress(time.monotonic(), total=None, resumed=before)
+        before = recovered.rows_done
+        progress = self._progress = Progress(time.monotonic(), total=None, resumed=before)
         counting = asyncio.create_task(self._count_rows(source, progress))
         proven = journal.proven(source)
         gauges = Gauges()
@@ -293,7 +288,7 @@ class _Run:
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             progress, self._control, self._hooks, rpm=self._plan.rpm,
-                            secret=self._plan.key.secret if self._plan.key else None,
+                            secret=self._plan.secret,
                         )  # fmt: skip
                         self._served_s = time.monotonic() - began
                 finally:
@@ -324,14 +319,14 @@ class _Run:
         job = self._job
         complete = self._exhausted and progress.done == self._yielded
         if not complete or (stop is not None and stop.cause == "signal"):
-            stop = self._clean(stop or Stop("endpoint", "rows were left over"))
+            stop = self._clean(stop or Stop("endpoint", "some rows have no result although each was taken in"))
             exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
             figures = self._summary(journal, self._stored(journal), stop, exit_code, progress.total)
             return self._report(journal, exit_code, _stopped(stop, figures), figures, stop=stop)
         total = before + self._yielded
         if total == 0:
             journal.warnings.append(f"{job.input}: no rows; the results are empty")
-        failed = progress.failed + (0 if job.retry_failed else journal.recovered.failed)
+        failed = progress.failed + (journal.recovered.rows_done - journal.recovered.ok)
         exit_code = 3 if failed > job.max_failures else 0
         tally = Tally(since=self._started_at)
         final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=tally.add)
@@ -341,7 +336,7 @@ class _Run:
 
     def _clean(self, stop: Stop) -> Stop:
         """Endpoints like to repeat the key in the message that refuses it."""
-        secret = self._plan.key.secret if self._plan.key else None
+        secret = self._plan.secret
         return stop if secret is None else msgspec.structs.replace(stop, message=stop.message.replace(secret, "[key]"))
 
     def _stored(self, journal: JournalDir) -> _Stored:
@@ -356,7 +351,7 @@ class _Run:
     ) -> Summary:
         tally = stored.tally
         known = journal.recovered
-        before = known.ok + (0 if self._job.retry_failed else known.failed)
+        before = known.rows_done
         pending = None
         if stop is None:
             pending = 0
@@ -403,76 +398,6 @@ class _Run:
             published=published,
             warnings=tuple(journal.warnings),
         )
-
-
-def identity(job: Job, plan: Plan) -> dict[str, Any]:
-    """What changes results, as plain data: the job's fingerprint. Tuning (concurrency, retries, key) is not in it."""
-    return {
-        "endpoint": urlsplit(plan.label).netloc or plan.label,
-        "api": plan.api,
-        "model": plan.model,
-        "params": job.param,
-        "system": job.system,
-        "template": job.template,
-        "prompt_column": job.prompt_column,
-        "id_column": job.id_column,
-        "keep": list(job.keep),
-        "limit": job.limit,
-        "sample": None if job.sample is None else [job.sample, job.seed],
-        "invalid": "skip" if job.invalid == "skip" else "record",
-        "sim_seed": job.sim.get("seed"),
-        "major": batchstream.__version__.split(".")[0],
-    }
-
-
-def output_of(job: Job) -> Path:
-    """Where the results go: as said, or beside the input (prompts.jsonl → prompts.results.jsonl).
-
-    Raises UsageError for an output whose format cannot be told, or that is the input itself.
-    """
-    if job.output is not None:
-        out = Path(job.output)
-    elif job.input == "-" or "://" in job.input or any(c in job.input for c in "*?["):
-        raise UsageError(f"name the results file with -o; there is no obvious place beside {job.input!r}")
-    else:
-        source = Path(job.input)
-        stem = source.name
-        for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".parquet"):
-            stem = stem.removesuffix(suffix)
-        out = source.with_name(f"{stem}.results{'.parquet' if source.suffix == '.parquet' else '.jsonl'}")
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise UsageError(f"-o {out}: expected .jsonl or .parquet at its end (other formats: batchstream export)")
-    if job.input != "-" and out.exists() and out.resolve() == Path(job.input).resolve():
-        raise UsageError(f"-o {out}: the results would replace the prompts; choose another name")
-    return out
-
-
-def open_job_source(job: Job, plan: Plan, spool: str | None = None) -> Source:
-    """The job's prompts as requests; `spool` is the file that stdin was copied to.
-    Raises InputError and UsageError before the first row."""
-    defaults = {**({"model": plan.model} if plan.model else {}), **job.param}
-
-    def build(api: Api, common: dict[str, Any]) -> dict[str, Any]:
-        return build_body(api, common, include_usage=job.include_usage)
-
-    return open_source(
-        SourceSpec(
-            paths=(job.input,),
-            api=plan.api,
-            defaults=defaults,
-            system=job.system,
-            template=job.template,
-            prompt_column=job.prompt_column,
-            id_column=job.id_column,
-            keep="all" if job.keep == ("all",) else job.keep or None,
-            limit=job.limit,
-            sample=job.sample,
-            seed=job.seed,
-            include_usage=job.include_usage,
-            spool=spool,
-        ),
-        build,
-    )
 
 
 def now_iso() -> str:

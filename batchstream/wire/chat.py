@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from batchstream.records import Completion
-from batchstream.wire.jsontext import storable, whole
 from batchstream.wire.parts import (
     GROWING_AUDIO,
     NOT_ORDINARY,
@@ -28,11 +27,12 @@ from batchstream.wire.parts import (
     OnDelta,
     Slot,
     argument_text,
+    completion_of,
     extend_logprobs,
     merge,
     position,
 )
-from batchstream.wire.usage import normalise_usage, says_something
+from batchstream.wire.usage import says_something
 
 PADDING = frozenset({"obfuscation", "nonce", "x-sai", "x_sai", "timings", "padding", "p"})
 """Keys that carry no part of an answer: padding against traffic analysis, server timings."""
@@ -334,15 +334,8 @@ class ChoicesAssembler:
     def completion(self) -> Completion | None:
         if not (self._slots or self._usage or self._id):
             return None
-        usage = storable(self._usage) if self._usage else None
-        return Completion(
-            choices=[self._slots[index].record() for index in sorted(self._slots)],
-            usage=normalise_usage(usage) if usage else None,
-            raw_usage=usage,
-            model=whole(self._model) or None,
-            response_id=whole(self._id) or None,
-            extra=storable(dict(self._extra)) if self._extra else None,
-        )
+        choices = [self._slots[index].record() for index in sorted(self._slots)]
+        return completion_of(choices, self._usage, self._model, self._id, self._extra)
 
 
 def _unheard(slot: Slot, message: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from batchstream.records import Completion
-from batchstream.wire.jsontext import dumps, parse, storable, whole
+from batchstream.wire.jsontext import dumps, parse
 from batchstream.wire.parts import (
     NOT_ORDINARY,
     NOTHING,
@@ -24,10 +24,11 @@ from batchstream.wire.parts import (
     Kind,
     OnDelta,
     Slot,
+    completion_of,
     merge,
     position,
 )
-from batchstream.wire.usage import merged, normalise_usage
+from batchstream.wire.usage import merged
 
 
 class _TextPiece(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -276,15 +277,8 @@ class MessagesAssembler:
         slot.extra.pop("content", None)
         if any(self._is_more(block) for block in self._blocks):
             merge(slot.extra, "content", [block.body() for block in self._blocks])
-        usage = storable(self._usage) if self._usage else None
-        return Completion(
-            choices=[slot.record()] if self._begun else [],
-            usage=normalise_usage(usage) if usage else None,
-            raw_usage=usage,
-            model=whole(self._model) or None,
-            response_id=whole(self._id) or None,
-            extra=storable(dict(self._extra)) if self._extra else None,
-        )
+        choices = [slot.record()] if self._begun else []
+        return completion_of(choices, self._usage, self._model, self._id, self._extra)
 
     def _is_more(self, block: _Block) -> bool:
         return bool(block.head.get("type") not in ("text", "tool_use") or block.signature or block.citations)

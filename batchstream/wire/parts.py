@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from batchstream.records import Choice, Completion, Delta, FunctionCall, ToolCall
 from batchstream.wire.jsontext import Scanner, dumps, parse, storable, whole
+from batchstream.wire.usage import normalise_usage
 
 NOTHING, OUTPUT, VISIBLE = 0, 1, 3
 """What a payload brought: no generated output; generated output; output that is not reasoning."""
@@ -350,3 +351,18 @@ def _zipped(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
         {name: column[place] for name, column in columns.items() if place < len(column)}
         for place in range(len(logprobs["tokens"]))
     ]
+
+
+def completion_of(
+    choices: list[Choice], usage: dict[str, Any] | None, model: str, response_id: str, extra: dict[str, Any]
+) -> Completion:
+    """The completion of what was assembled, with everything in it fit to be stored."""
+    raw = storable(usage) if usage else None
+    return Completion(
+        choices=choices,
+        usage=normalise_usage(raw) if raw else None,
+        raw_usage=raw,
+        model=whole(model) or None,
+        response_id=whole(response_id) or None,
+        extra=storable(dict(extra)) if extra else None,
+    )

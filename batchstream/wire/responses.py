@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from batchstream.records import Completion
-from batchstream.wire.jsontext import storable, whole
 from batchstream.wire.parts import (
     NOT_ORDINARY,
     NOTHING,
@@ -23,10 +22,11 @@ from batchstream.wire.parts import (
     OnDelta,
     Slot,
     argument_text,
+    completion_of,
     merge,
     position,
 )
-from batchstream.wire.usage import normalise_usage, says_something
+from batchstream.wire.usage import says_something
 
 _PLAIN_ITEMS = frozenset({"message", "function_call", "custom_tool_call", "reasoning"})
 _PartKey = tuple[int, int, str]
@@ -306,15 +306,8 @@ class ResponsesAssembler:
         texts = {kind: text for kind, text in texts.items() if text}
         if texts:
             slot.reasoning.append_all(texts)
-        usage = storable(self._usage) if self._usage else None
-        return Completion(
-            choices=[slot.record()] if self._begun else [],
-            usage=normalise_usage(usage) if usage else None,
-            raw_usage=usage,
-            model=whole(self._model) or None,
-            response_id=whole(self._id) or None,
-            extra=storable(dict(self._extra)) if self._extra else None,
-        )
+        choices = [slot.record()] if self._begun else []
+        return completion_of(choices, self._usage, self._model, self._id, self._extra)
 
     def _joined(self, kind: str) -> list[str]:
         """The pieces of all parts in the order of the parts; those without indexes in order of arrival."""

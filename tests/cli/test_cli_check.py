@@ -166,3 +166,17 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         return int(done.stderr)
 
     assert peak(120_000) - peak(2_000) < 8
+
+
+def test_check_and_run_agree_on_what_may_go_on(tmp_path: Path) -> None:
+    """One comparison decides for both: what a run takes, `check` finds in order."""
+    source = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "one"}', '{"prompt": "two"}', '{"prompt": "three"}']
+    args = (source, "--provider", "sim", "-o", tmp_path / "out.jsonl")
+    source.write_text("\n".join([lines[0], "{broken", lines[2]]) + "\n")
+    assert batchstream("run", *args, cwd=tmp_path).returncode == 3
+    source.write_text("\n".join(lines) + "\n")
+    assert batchstream("check", *args, cwd=tmp_path).returncode == 12
+    mended = batchstream("check", *args, "--retry-failed", cwd=tmp_path)
+    assert mended.returncode == 0, mended.stderr
+    assert batchstream("run", *args, "--retry-failed", cwd=tmp_path).returncode == 0

@@ -147,8 +147,8 @@ def joins_attempts() -> None:
     """The partial text of a failed attempt is put before the next one's."""
     real = runner.result_of
 
-    def result_of(request: Any, attempt: Any, earlier: Any, started_at: Any) -> Any:
-        result = real(request, attempt, earlier, started_at)
+    def result_of(request: Any, attempt: Any, earlier: Any, epoch: Any) -> Any:
+        result = real(request, attempt, earlier, epoch)
         partial = "".join(retry.text or "" for retry in earlier)
         return msgspec.structs.replace(result, text=partial + (result.text or ""))
 
