@@ -143,13 +143,14 @@ def runner_for(
     on_failure: Callable[[Request, Failure, int], None] | None,
 ) -> Runner:
     """A runner with the job's policy."""
+    lane = Lane(rpm)
     return Runner(
         client,
         sink,
         progress,
         concurrency=job.concurrency,
         policy=RetryPolicy(job.max_attempts, job.max_wait),
-        lane=Lane(rpm),
+        lanes=lambda _: lane,
         breaker=Breaker(enabled=job.breaker == "on"),
         budget=Budget(job.max_time, job.max_requests, job.max_tokens_total),
         on_failure=on_failure,

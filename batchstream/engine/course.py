@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
@@ -13,7 +14,12 @@ from batchstream.records import Attempt, Failure, Request, Retry
 
 
 class Course:
-    """The attempts at one row so far. `send` makes one attempt, `park` waits without a slot."""
+    """The attempts at one row so far. `send` makes one attempt, `park` waits without a slot.
+
+    For the runner: `lane_key` names the lane the row goes by, `due` is the instant at which the next attempt may or
+    should leave, `turn` is set while a retry waits for it; `under_way`: a first request has left (or is about to);
+    `holds_slot` and `on_wire`: it may be sent, it is being sent.
+    """
 
     __slots__ = (
         "_failures",
@@ -21,10 +27,14 @@ class Course:
         "_park",
         "_policy",
         "_send",
+        "due",
         "holds_slot",
+        "lane_key",
         "on_wire",
         "request",
         "retries",
+        "turn",
+        "under_way",
     )
 
     def __init__(
@@ -33,10 +43,15 @@ class Course:
         policy: RetryPolicy,
         send: Callable[[Course], Awaitable[Attempt]],
         park: Callable[[Course, float], Awaitable[None]],
+        lane_key: str = "",
     ) -> None:
         self.request = request
         self.retries: list[Retry] = []
-        self.holds_slot = True
+        self.lane_key = lane_key
+        self.due: float | None = None
+        self.turn: asyncio.Future[None] | None = None
+        self.under_way = False
+        self.holds_slot = False
         self.on_wire = False
         self._policy = policy
         self._send = send

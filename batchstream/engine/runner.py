@@ -1,9 +1,9 @@
 """Many requests at once: bounded concurrency, retries that give their slot back, one stop for all.
 
-Each row is one task. It holds a slot only from its turn in the lane to the end of the response; waiting
-for a retry it holds none, so the slots stay busy with fresh rows. The number of rows alive (on the wire
-or waiting) is bounded too, which keeps memory flat whatever the file's length. Before a request leaves
-it passes its lane: the rate, and the gate that a 429 closes for everybody.
+Rows are taken in a little ahead of their turn and wait for it in `engine.departures`: a slot, and their lane, with its
+rates and the gate that a 429 closes for everybody. A row becomes a task when its first request leaves. It holds a slot
+to the end of the response; waiting for a retry it holds none, so the slots stay busy with fresh rows. The number of
+rows alive is bounded, which keeps memory flat whatever the file's length.
 
 Ending: `stop(reason)` admits nothing more and lets what is on the wire finish (drain); `abort()` cuts it.
 Rows that are waiting when the run stops stay pending, as do rows that failed for the account's or the
@@ -23,6 +23,7 @@ import msgspec
 
 from batchstream.engine.client import Client
 from batchstream.engine.course import Course
+from batchstream.engine.departures import UNDER_WAY_PER_SLOT, Departures
 from batchstream.engine.outcome import invalid_result, result_of
 from batchstream.engine.progress import Progress
 from batchstream.policy.breaker import Breaker
@@ -30,8 +31,11 @@ from batchstream.policy.limits import Lane
 from batchstream.policy.retry import ACCOUNT_KINDS, NOT_THE_ROWS, RetryPolicy, daily_limit
 from batchstream.records import Attempt, Failure, InvalidRow, Request, Result
 
-ALIVE_PER_SLOT = 4
-"""Rows alive for each slot: one on the wire, the others waiting for their retry."""
+READ_AHEAD = 64
+"""Rows taken in at least, so that the next one is at hand when a slot becomes free …"""
+
+READ_AHEAD_LANES = 1024
+"""… and where rows go by several lanes, so that those of a narrow one do not hide the others' from us."""
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -69,7 +73,10 @@ class Budget(msgspec.Struct, frozen=True):
 class Runner:
     """Runs rows through a client into a sink. One use; all methods on one event loop.
 
-    `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs).
+    `lanes(model)` makes the lane of a model ("" where a row names none); who wants one lane for all gives the same one.
+    `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs);
+    `on_gate(lane_key, until)` when a 429 has closed a lane's gate until that instant of the monotonic clock, so that
+    other processes at the same endpoint can be told (`close_gate`).
     """
 
     def __init__(
@@ -80,32 +87,58 @@ class Runner:
         *,
         concurrency: int,
         policy: RetryPolicy,
-        lane: Lane,
+        lanes: Callable[[str], Lane],
         breaker: Breaker,
         budget: Budget,
         on_failure: Callable[[Request, Failure, int], None] | None = None,
+        on_gate: Callable[[str, float], None] | None = None,
     ) -> None:
         self.stop_reason: Stop | None = None
         self._client = client
         self._sink = sink
         self._progress = progress
-        self._slots = asyncio.Semaphore(concurrency)
-        self._alive = asyncio.Semaphore(concurrency * ALIVE_PER_SLOT)
-        self._turn = asyncio.Lock()
         self._policy = policy
-        self._lane = lane
+        self._lanes = lanes
+        self._fraction = 1.0
+        self._departures = Departures(self._lane_of, self._leave, concurrency)
         self._breaker = breaker
         self._budget = budget
         self._on_failure = on_failure
+        self._on_gate = on_gate
         self._tasks: dict[asyncio.Task[None], Course] = {}
+        self._alive = 0
+        self._place = asyncio.Event()
         self._refused: list[tuple[Course, Attempt]] = []
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
+        self._idle.set()
+        self._disk: asyncio.Task[None] | None = None
         self._requests = 0
         self._tokens = 0
         self._error: BaseException | None = None
         # One reading of the two clocks: instants become dates by it, whatever the wall clock does later.
         self._epoch = time.time() - time.monotonic()
+
+    def share(self, slots: int, fraction: float) -> None:
+        """From now on: so many requests at once, and this fraction of every lane's rates. For workers of one job,
+        which divide both among them and divide them anew when one ends. May be called at any time, on the loop."""
+        self._fraction = fraction
+        for lane in self._departures.lanes():
+            lane.share(fraction)
+        self._departures.slots = slots
+        self._make_places()
+        self._departures.look()
+
+    def close_gate(self, lane_key: str, until: float) -> None:
+        """Let nothing leave by that lane before `until` (instant of the monotonic clock, the same in all processes of
+        a machine): another process was told to wait. `on_gate` is not called."""
+        self._departures.lane(lane_key).close(until)
+        self._departures.look()
+
+    def _lane_of(self, key: str) -> Lane:
+        lane = self._lanes(key)
+        lane.share(self._fraction)
+        return lane
 
     def stop(self, reason: Stop) -> None:
         """Admit nothing more; rows on the wire finish, rows waiting stay pending. The first reason counts."""
@@ -116,6 +149,10 @@ class Runner:
 
     def _halt(self) -> None:
         self._stopped.set()
+        self._place.set()
+        self._departures.close()
+        if not self._tasks:
+            self._idle.set()
         myself = asyncio.current_task()  # a row whose own news is the reason has its result already
         for task, course in list(self._tasks.items()):
             if not course.on_wire and task is not myself:
@@ -123,6 +160,7 @@ class Runner:
 
     def abort(self) -> None:
         """Cut what is on the wire, now. What was cut stays pending and may have been billed."""
+        self._departures.close()
         for task in list(self._tasks):
             task.cancel()
 
@@ -165,22 +203,58 @@ class Runner:
                 return
 
     async def _admitted(self, row: Request) -> bool:
-        """Start one row; False when the run has stopped and the row was not taken.
-        (After a stop nobody asks for a place any more, so none is given back.)"""
-        for room in (self._alive, self._slots):
-            if not room.locked():
-                await room.acquire()
-            elif not await self._unless_stopped(room.acquire):
+        """Take one row in, when there is a place for it; False when the run has stopped and the row was not taken."""
+        while self._alive >= self._places():
+            self._place.clear()
+            await self._place.wait()
+            if self._stopped.is_set():
                 return False
-        while self._stopped.is_set() or not self._sink.admit(row):
-            if not await self._unless_stopped(self._sink.room):
-                return False
-        course = Course(row, self._policy, self._send, self._park)
+        if self._stopped.is_set():
+            return False
+        model = row.body.get("model")
+        course = Course(row, self._policy, self._send, self._park, model if isinstance(model, str) else "")
+        self._alive += 1
+        self._idle.clear()
+        self._departures.add(course)
+        return not self._stopped.is_set()
+
+    def _places(self) -> int:
+        ahead = READ_AHEAD_LANES if self._departures.several else READ_AHEAD
+        return max(self._departures.slots * UNDER_WAY_PER_SLOT, ahead)
+
+    def _make_places(self) -> None:
+        """Wake who takes rows in, once it is worth it: not for every single row."""
+        if self._alive <= self._places() * 3 // 4:
+            self._place.set()
+
+    def _leave(self, course: Course) -> bool:
+        """It is this row's turn (`engine.departures`); False: the disk must catch up first."""
+        if course.turn is not None:
+            course.holds_slot = True
+            course.turn.set_result(None)
+            return True
+        try:
+            admitted = self._sink.admit(course.request)
+        except Exception as error:  # in a timer's callback nobody else would hear of it
+            self._fail(error)
+            return False
+        if not admitted:
+            if self._disk is None:
+                self._disk = asyncio.create_task(self._sink.room())
+                self._disk.add_done_callback(self._disk_has_room)
+            return False
+        course.under_way = course.holds_slot = True
+        self._departures.under_way += 1
         task = asyncio.create_task(self._serve(course))
         self._tasks[task] = course
-        self._idle.clear()
         task.add_done_callback(self._ended)
         return True
+
+    def _disk_has_room(self, task: asyncio.Task[None]) -> None:
+        self._disk = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+        self._departures.look()
 
     async def _unless_stopped(self, wait: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Wait, and say True, unless the run has stopped or stops first."""
@@ -197,26 +271,39 @@ class Runner:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         course = self._tasks.pop(task)
-        if not self._tasks:
-            self._idle.set()
-        self._alive.release()
-        if course.holds_slot:
-            self._slots.release()
+        self._alive -= 1
+        self._departures.under_way -= 1
         if task.cancelled():
             self._sink.gave_up(course.request, maybe_billed=course.on_wire)
-        elif (error := task.exception()) is not None and self._error is None:
+        elif (error := task.exception()) is not None:
+            self._fail(error)
+        if course.holds_slot:
+            course.holds_slot = False
+            self._departures.came_back()
+        else:
+            self._departures.look()
+        self._make_places()
+        if not self._alive or (self._stopped.is_set() and not self._tasks):
+            self._idle.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """A bug, or what a sink raises: the end of the run."""
+        if self._error is None:
             self._error = error
             self._stopped.set()
+            self._place.set()
             self.abort()
 
     async def _drain(self, patience: float) -> None:
         """Wait for the rows under way: as long as it takes, or for `patience` seconds once stopped."""
-        if self._tasks and not await self._unless_stopped(self._idle.wait):
+        if not self._idle.is_set() and not await self._unless_stopped(self._idle.wait):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), patience)
         await self._cut()
 
     async def _cut(self) -> None:
+        if self._disk is not None:
+            self._disk.cancel()
         while self._tasks:
             self.abort()
             await asyncio.wait(tuple(self._tasks), timeout=1.0)
@@ -226,7 +313,7 @@ class Runner:
         failure = attempt.failure
         if failure is None:
             self._breaker.succeeded()
-            self._lane.succeeded()
+            self._departures.lane(course.lane_key).succeeded()
             self._own_trouble(attempt)
             self._finish(course, attempt)
         elif self._breaker.enabled and self._policy.too_long(failure):
@@ -268,16 +355,16 @@ class Runner:
         self._sink.done(course.request, result_of(course.request, attempt, course.retries, self._epoch))
 
     async def _send(self, course: Course) -> Attempt:
-        """One attempt: through the lane, onto the wire, and the news it brings for the lane."""
-        await self._pass_lane()
+        """One attempt, whose turn has come: onto the wire, and the news it brings for the lane."""
         progress = self._progress
+        due, course.due = course.due, None
         course.on_wire = True
         progress.in_flight += 1
         self._requests += 1
         if self._requests == self._budget.requests:
             self.stop(Stop("budget", f"--max-requests {self._budget.requests} are used up"))
         try:
-            attempt = await self._client.attempt(course.request, time.monotonic())
+            attempt = await self._client.attempt(course.request, time.monotonic() if due is None else due)
         finally:
             progress.in_flight -= 1
         course.on_wire = False
@@ -299,33 +386,34 @@ class Runner:
             return
         # A wait beyond --max-wait is not waited for: the run stops, or (--breaker off) only this row is given up.
         if failure.kind == "rate_limit" and not self._policy.too_long(failure):
-            self._lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
-            progress.gate_until = self._lane.closed_until
+            self._limited(course, failure)
         if self._on_failure is not None:
             self._on_failure(course.request, failure, len(course.retries) + 1)
 
+    def _limited(self, course: Course, failure: Failure) -> None:
+        """A 429 is news for the lane: close its gate, and say so."""
+        lane = self._departures.lane(course.lane_key)
+        before = lane.closed_until
+        lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
+        if lane.closed_until > before:
+            self._progress.gate_until = lane.closed_until
+            if self._on_gate is not None:
+                self._on_gate(course.lane_key, lane.closed_until)
+
     async def _park(self, course: Course, seconds: float) -> None:
-        """Wait for a retry without holding a slot, then take one again."""
+        """Wait for a retry without holding a slot, then for a slot and the lane again."""
         progress = self._progress
         progress.retries += 1
         progress.retry_kinds[course.retries[-1].kind] += 1
         if self._stopped.is_set():
             raise asyncio.CancelledError
         progress.waiting += 1
+        course.turn = asyncio.get_running_loop().create_future()
         course.holds_slot = False
-        self._slots.release()
+        self._departures.add(course, due=time.monotonic() + seconds)
+        self._departures.came_back()
         try:
-            await asyncio.sleep(seconds)
-            await self._slots.acquire()
-            course.holds_slot = True
+            await course.turn
         finally:
+            course.turn = None
             progress.waiting -= 1
-
-    async def _pass_lane(self) -> None:
-        """Wait until the lane lets a request leave, in the order of asking."""
-        lane = self._lane
-        if not self._turn.locked() and lane.reserve(time.monotonic()) == 0.0:
-            return
-        async with self._turn:
-            while (wait := lane.reserve(time.monotonic())) > 0.0:  # noqa: ASYNC110  (time itself opens the lane)
-                await asyncio.sleep(wait)

@@ -24,21 +24,38 @@ class Lane:
     `rpm` + 1 in any 60 seconds, never idle while one is allowed.
     """
 
-    __slots__ = ("_hintless", "_interval", "_next", "closed_until")
+    __slots__ = ("_hintless", "_interval", "_next", "_rpm", "closed_until")
 
     def __init__(self, rpm: float | None = None) -> None:
+        self._rpm = rpm
         self._interval = WINDOW_S / rpm if rpm else 0.0
         self._next = 0.0
         self._hintless = 0
         self.closed_until = 0.0
 
-    def reserve(self, now: float) -> float:
-        """Seconds until a request may leave. 0.0 takes the place; otherwise ask again after that time."""
-        wait = max(self.closed_until, self._next) - now
-        if wait > 0.0:
-            return wait
+    def wait(self, now: float) -> float:
+        """Seconds until a request may leave, 0.0 for now; it then has to `take` its place."""
+        return max(0.0, self.closed_until - now, self._next - now)
+
+    def take(self, now: float) -> None:
+        """A request leaves."""
         self._next = max(self._next, now) + self._interval
-        return 0.0
+
+    def reserve(self, now: float) -> float:
+        """`wait`, and `take` when that is 0.0."""
+        wait = self.wait(now)
+        if wait == 0.0:
+            self.take(now)
+        return wait
+
+    def share(self, fraction: float) -> None:
+        """Keep to this share of the lane's rates from now on; others have the rest."""
+        if self._rpm:
+            self._interval = WINDOW_S / (self._rpm * fraction)
+
+    def close(self, until: float) -> None:
+        """Nothing leaves before the instant `until`; an earlier closing is never shortened."""
+        self.closed_until = max(self.closed_until, until)
 
     def succeeded(self) -> None:
         self._hintless = 0
@@ -46,11 +63,8 @@ class Lane:
     def rate_limited(self, failure: Failure, now: float, wall: float, uniform: Callable[[float, float], float]) -> None:
         """A 429 came back: close the gate as far as it says, or as experience says."""
         if failure.retry_after is not None:
-            self._close(now + failure.retry_after)
+            self.close(now + failure.retry_after)
             return
         self._hintless += 1
         if self._hintless >= SHUT_AFTER:
-            self._close(now + (WINDOW_S - wall % WINDOW_S) + uniform(0.0, 1.0))
-
-    def _close(self, until: float) -> None:
-        self.closed_until = max(self.closed_until, until)
+            self.close(now + (WINDOW_S - wall % WINDOW_S) + uniform(0.0, 1.0))

@@ -223,7 +223,8 @@ async def ask(
     async with Transport(connect_timeout=limits.connect, path=path, ca_file=ca_file) as transport:  # type: ignore[arg-type]
         runner = Runner(
             Client(transport, Target(f"{base}/v1", "the-secret-key-of-this-test"), limits), notebook, Progress(0.0),
-            concurrency=1, policy=RetryPolicy(ATTEMPTS), lane=Lane(), breaker=Breaker(enabled=False), budget=Budget(),
+            concurrency=1, policy=RetryPolicy(ATTEMPTS), lanes=lambda _: Lane(), breaker=Breaker(enabled=False),
+            budget=Budget(),
         )  # fmt: skip
         assert await asyncio.wait_for(runner.run(rows(), drain_timeout=1), PATIENCE_S) is None
     (result,) = notebook.results

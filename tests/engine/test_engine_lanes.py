@@ -1,0 +1,115 @@
+"""Runners as their callers steer them: shares of slots and rates, gates told of by others, lanes beside each other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from batchstream.endpoints.simulate import SimulateConfig, Simulator
+from batchstream.engine.client import Client, Target
+from batchstream.engine.progress import Progress
+from batchstream.engine.runner import Budget, Runner
+from batchstream.net.deadlines import Limits
+from batchstream.net.transport import Transport
+from batchstream.policy.breaker import Breaker
+from batchstream.policy.limits import Lane
+from batchstream.policy.retry import RetryPolicy
+from batchstream.records import InvalidRow, Request, Result
+
+
+class Notebook:
+    """A sink (engine.runner.Sink) that keeps the results."""
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+
+    async def room(self) -> None: ...
+    def admit(self, request: Request) -> bool:
+        return True
+
+    def gave_up(self, request: Request, *, maybe_billed: bool) -> None: ...
+
+    def done(self, row: Request | InvalidRow, result: Result) -> None:
+        self.results.append(result)
+
+
+def asked(row: int, model: str = "sim") -> Request:
+    messages = [{"role": "user", "content": f"question {row}"}]
+    return Request(row, str(row), "chat", {"model": model, "messages": messages, "stream": True}, row)
+
+
+async def in_one_batch(rows: list[Request]) -> AsyncIterator[list[Request | InvalidRow]]:
+    yield list(rows)
+
+
+async def go(
+    simulator: Simulator,
+    rows: list[Request],
+    *,
+    lanes: Callable[[str], Lane],
+    concurrency: int = 8,
+    meanwhile: Callable[[Runner], object] = lambda _: None,
+    on_gate: Callable[[str, float], None] | None = None,
+) -> list[Result]:
+    notebook = Notebook()
+    async with Transport() as transport:
+        client = Client(transport, Target(await simulator.start()), Limits())
+        runner = Runner(
+            client, notebook, Progress(0.0), concurrency=concurrency, policy=RetryPolicy(), lanes=lanes,
+            breaker=Breaker(), budget=Budget(), on_gate=on_gate,
+        )  # fmt: skip
+        running = asyncio.ensure_future(runner.run(in_one_batch(rows), drain_timeout=1))
+        await asyncio.sleep(0)
+        meanwhile(runner)
+        assert await asyncio.wait_for(running, 60) is None
+    await simulator.stop()
+    return notebook.results
+
+
+async def test_a_narrow_lane_holds_up_no_other() -> None:
+    simulator = Simulator(SimulateConfig(tokens=1))
+    narrow, wide = Lane(60), Lane()
+    rows = [asked(i, "sim/double" if i < 3 else "sim") for i in range(203)]
+    await go(simulator, rows, lanes=lambda model: narrow if model == "sim/double" else wide, concurrency=2)
+    order = [entry.model for entry in simulator.ledger.entries]
+    assert order[-2:] == ["sim/double"] * 2, "the other 200 had gone before the narrow lane let its second row leave"
+
+
+async def test_a_gate_that_another_process_reports_is_closed_here_too() -> None:
+    simulator = Simulator(SimulateConfig(tokens=1))
+    lane, until = Lane(), 0.0
+
+    def close(runner: Runner) -> None:
+        nonlocal until
+        until = time.monotonic() + 0.3
+        runner.close_gate("sim", until)
+
+    await go(simulator, [asked(i) for i in range(20)], lanes=lambda _: lane, concurrency=1, meanwhile=close)
+    later = [entry for entry in list(simulator.ledger.entries)[1:] if entry.received_at < until]
+    assert len(later) <= 1, "only what had left already may arrive"
+
+
+async def test_who_hears_a_429_is_told_which_gate_closes_until_when() -> None:
+    simulator = Simulator(SimulateConfig(tokens=1, faults=("429(retry-after=0.2)@3",)))
+    lane, told = Lane(), []
+    await go(simulator, [asked(i) for i in range(9)], lanes=lambda _: lane, concurrency=1,
+             on_gate=lambda key, until: told.append((key, until)))  # fmt: skip
+    assert told == [("sim", lane.closed_until)]
+
+
+async def test_slots_can_be_shared_anew_while_requests_run() -> None:
+    simulator = Simulator(SimulateConfig(tokens=1, ttft=0.02))
+    lane = Lane()
+    await go(simulator, [asked(i) for i in range(40)], lanes=lambda _: lane, concurrency=1,
+             meanwhile=lambda runner: runner.share(4, 1.0))  # fmt: skip
+    spans = [(entry.received_at, entry.ended_at or 0.0) for entry in simulator.ledger.entries]
+    at_once = max(sum(start <= other < end for start, end in spans) for other, _ in spans)
+    assert at_once == 4
+
+
+def test_half_a_share_of_a_lane_is_half_its_rate() -> None:
+    lane = Lane(60)
+    lane.share(0.5)
+    lane.take(0.0)
+    assert lane.wait(0.0) == 2.0
