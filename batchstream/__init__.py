@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchstream.api import read_results, stream, stream_results
     from batchstream.job import Job, load_job
-    from batchstream.launch.here import Report, run
+    from batchstream.launch.conclusion import Report
+    from batchstream.launch.here import run
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,7 @@ __all__ = ["Job", "Report", "load_job", "read_results", "run", "stream", "stream
 _HOMES = {
     "Job": "batchstream.job",
     "load_job": "batchstream.job",
-    "Report": "batchstream.launch.here",
+    "Report": "batchstream.launch.conclusion",
     "run": "batchstream.launch.here",
     "read_results": "batchstream.api",
     "stream": "batchstream.api",

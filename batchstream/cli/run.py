@@ -20,7 +20,7 @@ from batchstream.job import Job
 if TYPE_CHECKING:
     from batchstream.engine.progress import Progress
     from batchstream.figures.summary import Summary
-    from batchstream.launch.here import Report
+    from batchstream.launch.conclusion import Report
     from batchstream.records import Failure, Request
     from batchstream.report.progress import Display
 

@@ -208,7 +208,7 @@ def test_nohup_means_that_a_closed_terminal_ends_nothing(prompts: Path, tmp_path
 
 
 def test_a_second_run_is_told_who_holds_the_job(prompts: Path, tmp_path: Path) -> None:
-    first = start("run", prompts, *SLOW, "--no-progress", cwd=tmp_path)
+    first = start("run", prompts, *SLOW, "--rpm", "2", "--no-progress", cwd=tmp_path)  # minutes: it outlasts the others
     journal = tmp_path / "prompts.results.jsonl.journal"
     while not list(journal.glob("seg-*")):
         time.sleep(0.05)

@@ -13,7 +13,8 @@ from batchstream.api import read_results, stream, stream_results
 from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
 from batchstream.errors import IdentityError, StoppedError, UsageError
 from batchstream.job import Job
-from batchstream.launch.here import Report, run
+from batchstream.launch.conclusion import Report
+from batchstream.launch.here import run
 from batchstream.records import Delta, Result
 
 

@@ -11,7 +11,7 @@ import msgspec
 from batchstream.cli import main as cli_main
 from batchstream.engine import runner, store
 from batchstream.files import lock, publish, recovery, segment
-from batchstream.launch import here
+from batchstream.launch import conclusion
 from batchstream.policy.retry import RetryPolicy
 from batchstream.wire import reception
 
@@ -116,13 +116,13 @@ def writes_the_results_in_place() -> None:
 
 def publishes_what_there_is() -> None:
     """A run that was stopped takes what it has for all there is."""
-    real = here._Run._conclude
+    real = conclusion.Conclusion.after
 
-    def conclude(self: Any, journal: Any, progress: Any, stop: Any, before: int) -> Any:
-        self._exhausted, self._yielded = True, progress.done
-        return real(self, journal, progress, None, before)
+    def after(self: Any, journal: Any, progress: Any, serving: Any, stop: Any) -> Any:
+        serving.exhausted, serving.taken = True, progress.done
+        return real(self, journal, progress, serving, None)
 
-    here._Run._conclude = conclude  # type: ignore[method-assign]
+    conclusion.Conclusion.after = after  # type: ignore[method-assign]
 
 
 def takes_the_end_of_a_connection_for_success() -> None:
