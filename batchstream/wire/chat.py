@@ -32,6 +32,7 @@ from batchstream.wire.parts import (
     merge,
     position,
 )
+from batchstream.wire.stencil import PROBE, Stencil, learn
 from batchstream.wire.usage import says_something
 
 PADDING = frozenset({"obfuscation", "nonce", "x-sai", "x_sai", "timings", "padding", "p"})
@@ -71,7 +72,7 @@ class _Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     system_fingerprint: str | None = None
     service_tier: str | None = None
     provider: str | None = None
-    usage: None = None
+    usage: dict[str, Any] | None = None
     error: None = None
     x_groq: None = None
     prompt_token_ids: None = None
@@ -83,6 +84,10 @@ class _Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+
+_NO_ORDINARY_END = frozenset({"null", "error", "abort"})
+_SOUGHT_AFTER = frozenset({3, 20, 100})
+"""After so many ordinary texts a stencil is sought: not for the shortest answers, and not for ever in vain."""
 
 _DELTA_KEYS = frozenset({
     "role", "content", "reasoning_content", "reasoning", "reasoning_details", "thinking", "refusal",
@@ -104,6 +109,7 @@ class ChoicesAssembler:
         self.error: Any = None
         self.ended = False
         self.was_whole = False
+        self.stencil: Stencil | None = None
         self._n = n
         self._emit = Emitter(on_delta) if on_delta is not None else None
         self._slots: dict[int, Slot] = {}
@@ -114,6 +120,7 @@ class ChoicesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
         self._all_whole = False
+        self._unlearnt = 0  # ordinary texts since a stencil was sought
 
     # The fast lane
 
@@ -124,9 +131,9 @@ class ChoicesAssembler:
             return NOT_ORDINARY
         choices = chunk.choices
         if len(choices) != 1:
-            return NOT_ORDINARY
+            return NOT_ORDINARY if choices else self._without_choice(chunk)
         choice = choices[0]
-        if choice.finish_reason or choice.index:
+        if choice.index or choice.finish_reason in _NO_ORDINARY_END:
             return NOT_ORDINARY
         delta = choice.delta
         if delta is None:
@@ -135,23 +142,27 @@ class ChoicesAssembler:
             content, reasoning = delta.content, delta.reasoning_content or delta.reasoning
             if reasoning and (content or (delta.reasoning_content and delta.reasoning)):
                 return NOT_ORDINARY
-            if choice.text:
+            if choice.text is not None:
                 return NOT_ORDINARY
         slot = self._first or self._slot(0)
         if not self._identified:
             self._identify(chunk.id, chunk.model, chunk.created)
-        if chunk.system_fingerprint is not None:
-            self._extra["system_fingerprint"] = chunk.system_fingerprint
-        if chunk.service_tier is not None:
-            self._extra["service_tier"] = chunk.service_tier
-        if chunk.provider is not None:
-            self._extra["provider"] = chunk.provider
+        if chunk.system_fingerprint is not None or chunk.service_tier is not None or chunk.provider is not None:
+            self._note(chunk)
+        if chunk.usage is not None and says_something(chunk.usage):
+            self._usage = chunk.usage
         self.was_whole = False
+        if choice.finish_reason:
+            slot.finish_reason = choice.finish_reason
         if content is not None:
             slot.content.append(content)
             if content:
                 if self._emit is not None:
                     self._emit(0, "content", content)
+                elif self.stencil is None:
+                    self._unlearnt += 1
+                    if self._unlearnt in _SOUGHT_AFTER:
+                        self.stencil = self._learnt(payload, content, chunk)
                 return VISIBLE
         if reasoning and delta is not None:
             slot.reasoning.append("reasoning_content" if delta.reasoning_content else "reasoning", reasoning)
@@ -160,11 +171,54 @@ class ChoicesAssembler:
             return OUTPUT
         return NOTHING
 
+    def _without_choice(self, chunk: _Chunk) -> int:
+        """The chunk with the usage, as it comes last."""
+        if not self._identified:
+            self._identify(chunk.id, chunk.model, chunk.created)
+        self._note(chunk)
+        if chunk.usage is not None and says_something(chunk.usage):
+            self._usage = chunk.usage
+        self.was_whole = False
+        return NOTHING
+
+    def _note(self, chunk: _Chunk) -> None:
+        """What a chunk says of the whole response, the last of it counts. Events of a stencil repeat what was said
+        in them, so none may be known that says something else."""
+        extra = self._extra
+        for name in ("system_fingerprint", "service_tier", "provider"):
+            value = getattr(chunk, name)
+            if value is not None and extra.get(name) != value:
+                extra[name] = value
+                self.stencil = None
+
+    def plain(self, text: str) -> None:
+        self.was_whole = False
+        (self._first or self._slot(0)).content.append(text)
+
+    def _learnt(self, payload: bytes, content: str, chunk: _Chunk) -> Stencil | None:
+        """The stencil of a payload that brought `content` and nothing else that is new."""
+        choice = chunk.choices[0]
+        if choice.finish_reason or chunk.usage is not None:
+            return None
+
+        def holds(other: bytes) -> bool:
+            if choice.delta is None:
+                choice.text = PROBE
+            else:
+                choice.delta.content = PROBE
+            try:
+                return _decode(other) == chunk
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                return False
+
+        return learn(payload, content, holds)
+
     # The full lane
 
     def add(self, document: dict[str, Any], name: str) -> int:
         brought = NOTHING
         self.was_whole = False
+        self.stencil = None
         choices = document.get("choices")
         if isinstance(choices, dict):
             choices = [choices]

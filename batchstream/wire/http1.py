@@ -18,12 +18,17 @@ _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n\0]*)?")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
+Headers = tuple[tuple[str, str], ...]
+
 _FRAMING = frozenset({"connection", "transfer-encoding", "content-length"})
 
 # A server says nearly the same in each response: what was checked once is looked up. Bounded, and only short lines.
 _REMEMBERED = 4096
 _sizes: dict[bytes, int] = {}
 _fields: dict[bytes, tuple[str, str]] = {}
+_heads: dict[bytes, tuple[int, Headers, bool, int, int]] = {}  # status, headers, persistent, state, rest
+_MAX_REMEMBERED_HEAD = 4096
+_HEADS = 64  # whole heads differ by their date at least, once a second
 
 _HEAD, _SIZE, _DATA, _TRAILER, _LENGTH, _CLOSE, _DONE = range(7)
 
@@ -51,7 +56,7 @@ class ResponseFramer:
 
     def __init__(self) -> None:
         self.status: int | None = None
-        self.headers: list[tuple[str, str]] = []
+        self.headers: Headers = ()
         self.complete = False
         self.error: str | None = None
         self.surplus = False
@@ -73,6 +78,12 @@ class ResponseFramer:
         if self._tail:
             data = self._tail + data
             self._tail = b""
+        if self._state == _SIZE:
+            # One whole chunk a read: the paced stream.
+            line_end = data.find(b"\r\n", 0, MAX_LINE)
+            size = _sizes.get(data[:line_end], 0)
+            if size and len(data) == line_end + size + 4 and data.endswith(b"\r\n"):
+                return data[line_end + 2 : -2]
         start = 0
         if self._state == _HEAD:
             start = self._head(data)
@@ -106,19 +117,34 @@ class ResponseFramer:
                 else:
                     self._tail = data[start:]
                 return -1
-            status = self._parse_head(data[start:end])
+            head = data[start:end]
+            start = end + 4
+            known = _heads.get(head)
+            if known is not None:
+                self.status, self.headers, self._persistent, self._state, self._rest = known
+                return start
+            status = self._parse_head(head)
             if status is None:
                 return -1
-            start = end + 4
             if status >= 200:
                 self.status = status
                 self._choose_framing()
                 if self._state == _DONE and start < len(data):
                     self.surplus = True
-                return start if self.error is None else -1
+                if self.error is not None:
+                    return -1
+                self._remember(head)
+                return start
             if status == 101:
                 self._fail("unexpected HTTP 101 Switching Protocols")
                 return -1
+
+    def _remember(self, head: bytes) -> None:
+        assert self.status is not None  # noqa: S101  (the head is final)
+        if self._state != _DONE and len(head) <= _MAX_REMEMBERED_HEAD:
+            if len(_heads) >= _HEADS:
+                _heads.clear()
+            _heads[head] = (self.status, self.headers, self._persistent, self._state, self._rest)
 
     def _parse_head(self, head: bytes) -> int | None:
         lines = head.split(b"\r\n")
@@ -138,7 +164,7 @@ class ResponseFramer:
             name = field[0].lower()
             if name in _FRAMING:
                 framing[name] = f"{framing[name]},{field[1]}" if name in framing else field[1]
-        self.headers = headers
+        self.headers = tuple(headers)
         self._framing = framing
         return int(match[2])
 

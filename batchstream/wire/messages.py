@@ -28,6 +28,7 @@ from batchstream.wire.parts import (
     merge,
     position,
 )
+from batchstream.wire.stencil import Stencil
 from batchstream.wire.usage import merged
 
 
@@ -91,6 +92,7 @@ class MessagesAssembler:
         self.error: Any = None
         self.ended = False
         self.was_whole = False
+        self.stencil: Stencil | None = None  # none is sought: events differ in more than their text
         self._emit = Emitter(on_delta) if on_delta is not None else None
         self._slot = Slot(0)
         self._begun = False
@@ -101,6 +103,9 @@ class MessagesAssembler:
         self._model = ""
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
+
+    def plain(self, text: str) -> None:
+        raise AssertionError("there is no stencil")
 
     def quick(self, payload: bytes) -> int:
         try:

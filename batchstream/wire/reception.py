@@ -122,7 +122,15 @@ class Reception:
         if self.final:
             return True
         if self._coding is None:
-            payloads = self._sse.ordinary(data) if self._fast else None
+            if not self._fast:
+                self._decoded(data, now)
+                return self.final
+            stencil = self._assembler.stencil
+            if stencil is not None and self._sse.idle() and (found := stencil.read(data)) is not None:
+                self._received += len(data)
+                self._plain(*found, now)
+                return self.final
+            payloads = self._sse.ordinary(data)
             if payloads is None:
                 self._decoded(data, now)
             else:
@@ -196,13 +204,31 @@ class Reception:
         elif self._received > self._max_body:
             self._too_large(now)
 
+    def _plain(self, text: str, events: int, now: float) -> None:
+        """Events of one read that all brought text, and others did before."""
+        self._assembler.plain(text)
+        self._events += events
+        gap = now - self.last_output_at if self.last_output_at is not None else 0.0
+        if self.gap_max is None or gap > self.gap_max:
+            self.gap_max = gap
+        self.last_output_at = now
+        self.chunks += events
+        if self._received > self._max_body:
+            self._too_large(now)
+
     def _ordinary(self, payloads: list[bytes], now: float) -> None:
         """Payloads of plain events of one read: each down the fast lane if it can, else in full."""
         quick = self._assembler.quick
         for payload in payloads:
             brought = quick(payload)
             if brought == NOT_ORDINARY:
-                self._payload(Event("message", payload), now)
+                if payload == b"[DONE]":
+                    self._events += 1
+                    if self.first_event_at is None:
+                        self.first_event_at = now
+                    self._sentinel(now)
+                else:
+                    self._payload(Event("message", payload), now)
                 if self.final:
                     return
                 continue
@@ -348,6 +374,7 @@ class Reception:
             self._fault({"error": text}, text, now)
         elif event.cut:
             self._lost = text
+            self._fast = False  # the next event decides
         else:
             self._damaged(text, now)
 

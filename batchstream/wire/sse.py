@@ -45,7 +45,8 @@ class SSEDecoder:
 
     `retry` is the last reconnection time the stream stated, in milliseconds, or None. `overflow` turns
     True, and nothing more is decoded, when a pending event exceeds `max_event_bytes`. `junk` turns True when
-    a line was neither blank, comment nor field.
+    a line was neither blank, comment nor field. `between`: nothing is pending but, perhaps, a part of a block's
+    first line.
     """
 
     def __init__(self, *, documents: bool = False, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
@@ -67,13 +68,13 @@ class SSEDecoder:
         self._pieces_size = 0
         self._mid_line = False  # the document's current line has been taken in part
         self._after_document = False  # a document ended and the rest of its line has not arrived
-        self._between = False  # nothing is pending but, perhaps, a part of a block's first line
+        self.between = False
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that `data` completes."""
         events: list[Event] = []
         self._take(data, events)
-        self._between = not (
+        self.between = not (
             self._data
             or self._type
             or self._scanner
@@ -119,8 +120,11 @@ class SSEDecoder:
 
         The ordinary read is nearly every read, and takes a handful of calls instead of a loop over lines.
         """
-        if not self._between:
-            return None
+        if not self.between:
+            if self._head != b"" or not data.startswith(b"data: "):
+                return None
+            self._head = None  # the stream begins, and with no byte order mark
+            self.between = True
         partial = self._partial
         if partial:
             if b"\n" not in data:
@@ -144,6 +148,10 @@ class SSEDecoder:
             self._partial = [rest] if rest else []
             self._partial_size = len(rest)
         return payloads
+
+    def idle(self) -> bool:
+        """The next byte begins a block."""
+        return self.between and not self._partial
 
     def end(self) -> list[Event]:
         """The pending block at the end of the stream, which the standard discards; nothing if there is none."""
