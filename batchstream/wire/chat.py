@@ -32,7 +32,7 @@ from batchstream.wire.parts import (
     merge,
     position,
 )
-from batchstream.wire.stencil import PROBE, Stencil, learn
+from batchstream.wire.stencil import Stencil, learn
 from batchstream.wire.usage import says_something
 
 PADDING = frozenset({"obfuscation", "nonce", "x-sai", "x_sai", "timings", "padding", "p"})
@@ -86,8 +86,7 @@ class _Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 _NO_ORDINARY_END = frozenset({"null", "error", "abort"})
-_SOUGHT_AFTER = frozenset({3, 20, 100})
-"""After so many ordinary texts a stencil is sought: not for the shortest answers, and not for ever in vain."""
+_TRIES = 20  # a stencil is not sought for ever: some servers pad each event with other bytes
 
 _DELTA_KEYS = frozenset({
     "role", "content", "reasoning_content", "reasoning", "reasoning_details", "thinking", "refusal",
@@ -120,7 +119,7 @@ class ChoicesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
         self._all_whole = False
-        self._unlearnt = 0  # ordinary texts since a stencil was sought
+        self._unlearnt = 0  # how often a stencil was sought
 
     # The fast lane
 
@@ -160,9 +159,9 @@ class ChoicesAssembler:
                 if self._emit is not None:
                     self._emit(0, "content", content)
                 elif self.stencil is None:
-                    self._unlearnt += 1
-                    if self._unlearnt in _SOUGHT_AFTER:
-                        self.stencil = self._learnt(payload, content, chunk)
+                    if self._unlearnt < _TRIES and not choice.finish_reason and chunk.usage is None:
+                        self._unlearnt += 1
+                        self.stencil = learn(payload, b'"text"' if delta is None else b'"content"', content)
                 return VISIBLE
         if reasoning and delta is not None:
             slot.reasoning.append("reasoning_content" if delta.reasoning_content else "reasoning", reasoning)
@@ -194,24 +193,6 @@ class ChoicesAssembler:
     def plain(self, text: str) -> None:
         self.was_whole = False
         (self._first or self._slot(0)).content.append(text)
-
-    def _learnt(self, payload: bytes, content: str, chunk: _Chunk) -> Stencil | None:
-        """The stencil of a payload that brought `content` and nothing else that is new."""
-        choice = chunk.choices[0]
-        if choice.finish_reason or chunk.usage is not None:
-            return None
-
-        def holds(other: bytes) -> bool:
-            if choice.delta is None:
-                choice.text = PROBE
-            else:
-                choice.delta.content = PROBE
-            try:
-                return _decode(other) == chunk
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                return False
-
-        return learn(payload, content, holds)
 
     # The full lane
 

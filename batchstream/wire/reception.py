@@ -218,8 +218,12 @@ class Reception:
 
     def _ordinary(self, payloads: list[bytes], now: float) -> None:
         """Payloads of plain events of one read: each down the fast lane if it can, else in full."""
-        quick = self._assembler.quick
+        assembler = self._assembler
+        quick = assembler.quick
         for payload in payloads:
+            if assembler.stencil is not None and (text := assembler.stencil.payload(payload)):
+                self._plain(text, 1, now)
+                continue
             brought = quick(payload)
             if brought == NOT_ORDINARY:
                 if payload == b"[DONE]":
