@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime
 
 from batchstream.figures.latency import latencies
@@ -70,8 +71,13 @@ def _date(instant: float | None, epoch: float) -> str | None:
     """ISO 8601 in UTC, to the microsecond, of an instant of the monotonic clock."""
     if instant is None:
         return None
-    date = datetime.fromtimestamp(epoch + instant, UTC)
-    return date.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    second, micros = divmod(int((epoch + instant) * 1e6 + 0.5), 1_000_000)
+    return f"{_second(second)}.{micros:06d}Z"
+
+
+@functools.lru_cache(maxsize=64)  # rows of the same second are many
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _row_error(failure: Failure) -> RowError:

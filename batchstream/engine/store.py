@@ -88,17 +88,20 @@ class Store:
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         data = _encode(result)
-        if any(spelled in data for spelled in self._spelled):
-            data = _encode(_without(msgspec.json.decode(data), self._secrets))
-            result = msgspec.json.decode(data, type=Result)
+        for spelled in self._spelled:
+            if spelled in data:
+                data = _encode(_without(msgspec.json.decode(data), self._secrets))
+                result = msgspec.json.decode(data, type=Result)
+                break
         ok = result.status == "ok"
         kind = "" if result.error is None else result.error.kind
         self._unsynced[row.row] = (ok, kind, result if self._on_durable is not None else None)
         self._segment.append(row.row, row.digest, ok, data)
         if self._oldest is None:
             self._oldest = time.monotonic()
-        self._make_room()
         self._wake.set()
+        if self._segment.trouble is not None or self._segment.pending_bytes > PENDING_MAX:
+            self._make_room()
 
     def gave_up(self, request: Request, *, maybe_billed: bool) -> None:
         self._segment.gave_up((request.row,), maybe_billed=maybe_billed)

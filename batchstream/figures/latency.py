@@ -59,4 +59,4 @@ def _between(start: float | None, end: float | None) -> float | None:
     """Rounded, and never negative: an endpoint may answer before the last byte of a request is out, which is 0."""
     if start is None or end is None:
         return None
-    return round(max(0.0, end - start), 6)
+    return int((end - start) * 1e6 + 0.5) / 1e6 if end > start else 0.0

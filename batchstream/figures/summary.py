@@ -231,8 +231,8 @@ class Tally:
         self._decode = msgspec.json.Decoder(_Row).decode
         self._adders = [(name, sample.add) for name, sample in self.durations.items()]
 
-    def add(self, result: bytes) -> None:
-        """Count one result, given as its JSON object. Raises msgspec.DecodeError for anything else."""
+    def add(self, result: bytes) -> Usage | None:
+        """Count one result, given as its JSON object; its usage. Raises msgspec.DecodeError for anything else."""
         row = self._decode(result)
         self.rows += 1
         self.attempts += row.attempts
@@ -253,6 +253,7 @@ class Tally:
                 self.failed_attempt_tokens.add(row.usage)
         if self._since is None or self._is_new(row.timing.started_at):
             self._new(row)
+        return row.usage
 
     def _answered(self, row: _Row) -> None:
         self.ok += 1

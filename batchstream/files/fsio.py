@@ -94,9 +94,9 @@ disk: Disk = RealDisk()
 
 def write_all(on: Disk, fd: int, data: bytes) -> None:
     """Write every byte or raise OSError. A short write is followed by a second one, which names the reason."""
-    view = memoryview(data)
-    while view:
-        view = view[on.write(fd, bytes(view) if len(view) < len(data) else data) :]
+    written = on.write(fd, data) if data else 0
+    while written < len(data):
+        written += on.write(fd, data[written:])
 
 
 def replace_file(on: Disk, path: Path, data: bytes, mode: int = 0o600) -> None:

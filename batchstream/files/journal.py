@@ -31,6 +31,7 @@ from batchstream.files.publish import describe, publish
 from batchstream.files.recovery import Recovered, recover, segment_files
 from batchstream.files.segment import Durability, GroupSync, Segment
 from batchstream.files.source import Source
+from batchstream.records import Usage
 
 __all__ = [
     "Durability",
@@ -160,10 +161,10 @@ class JournalDir:
         return ProvenRows(source, self.recovered)
 
     def publish(
-        self, *, rows: int, exit_code: int, finished: str, observe: Callable[[bytes], None] | None = None
+        self, *, rows: int, exit_code: int, finished: str, observe: Callable[[bytes], Usage | None] | None = None
     ) -> Final:
         """Build OUT from the journal, put it in place, write FINAL.json. `rows`: how many must have an outcome;
-        `observe` is shown each result as it passes (a summary need not read them all again).
+        `observe` is shown each result as it passes and gives back its usage (none need be read a second time).
 
         Close the segments first. Blocking; repeatable: a second call gives a byte-identical file.
         Raises DamagedError (a row is missing), StorageError, and UsageError when OUT is not this job's to replace.

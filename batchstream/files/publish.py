@@ -26,7 +26,6 @@ _CHUNK = 1 << 20
 
 
 class _Counts(msgspec.Struct):
-    status: str
     usage: Usage | None = None
 
 
@@ -39,10 +38,16 @@ def describe(path: Path) -> Published:
 
 def publish(out: Path, directory: Path, manifest: Manifest, disk: fsio.Disk, *,
             overwrite: bool, rows: int, exit_code: int, finished: str,
-            observe: Callable[[bytes], None] | None = None) -> Final:  # fmt: skip
+            observe: Callable[[bytes], Usage | None] | None = None) -> Final:  # fmt: skip
     """See JournalDir.publish; `directory` is the journal."""
     recovered = recover(directory, manifest.salt)
     usage: dict[str, int] = {}
+    if observe is None:
+        decode = msgspec.json.Decoder(_Counts).decode
+
+        def observe(line: bytes) -> Usage | None:
+            return decode(line).usage
+
     tmp = out.with_name(f".{out.name}.tmp-{manifest.job_id}")
     with fsio.storage_errors(out):
         try:
@@ -79,23 +84,20 @@ def publish(out: Path, directory: Path, manifest: Manifest, disk: fsio.Disk, *,
 
 
 def _counted(
-    recovered: Recovered, rows: int, usage: dict[str, int], observe: Callable[[bytes], None] | None
+    recovered: Recovered, rows: int, usage: dict[str, int], usage_of: Callable[[bytes], Usage | None]
 ) -> Iterator[bytes]:
     """The results in order; at the end each of `rows` ordinals must have come once."""
-    decoder = msgspec.json.Decoder(_Counts)
+    names = Usage.__struct_fields__
     last, count = -1, 0
     for row, line in recovered.results():
         if row <= last or not line.startswith((b'{"row":%d,' % row, b'{"row":%d}' % row)):
             raise DamagedError(f"row {row}: the stored result names another row; nothing was published")
         last, count = row, count + 1
-        counts = decoder.decode(line)
-        if counts.usage is not None:
-            for name in Usage.__struct_fields__:
-                tokens = getattr(counts.usage, name)
+        counts = usage_of(line)
+        if counts is not None:
+            for name, tokens in zip(names, msgspec.structs.astuple(counts), strict=True):
                 if tokens is not None:
                     usage[name] = usage.get(name, 0) + tokens
-        if observe is not None:
-            observe(line)
         yield line
     if count != rows:
         raise DamagedError(

@@ -254,7 +254,7 @@ class Segment:
         row, digest, ok, result, again, _ = outcome
         if not self._write(record.encode_outcome(row, digest, ok, result, again=again)):
             return False
-        self._written.append(outcome._replace(end=self._length))
+        self._written.append(_Outcome(row, digest, ok, result, again, self._length))
         return True
 
     def _hold(self, outcomes: Iterable[_Outcome]) -> None:

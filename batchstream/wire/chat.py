@@ -119,7 +119,7 @@ class ChoicesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
         self._all_whole = False
-        self._unlearnt = 0  # how often a stencil was sought
+        self._sought = 0  # how often a stencil was sought
 
     # The fast lane
 
@@ -158,10 +158,9 @@ class ChoicesAssembler:
             if content:
                 if self._emit is not None:
                     self._emit(0, "content", content)
-                elif self.stencil is None:
-                    if self._unlearnt < _TRIES and not choice.finish_reason and chunk.usage is None:
-                        self._unlearnt += 1
-                        self.stencil = learn(payload, b'"text"' if delta is None else b'"content"', content)
+                elif self.stencil is None and self._sought < _TRIES and not (choice.finish_reason or chunk.usage):
+                    self._sought += 1
+                    self.stencil = learn(payload, b'"text"' if delta is None else b'"content"', content)
                 return VISIBLE
         if reasoning and delta is not None:
             slot.reasoning.append("reasoning_content" if delta.reasoning_content else "reasoning", reasoning)

@@ -21,6 +21,7 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 Headers = tuple[tuple[str, str], ...]
 
 _FRAMING = frozenset({"connection", "transfer-encoding", "content-length"})
+_FRAMING_LENGTHS = frozenset(map(len, _FRAMING))
 
 # A server says nearly the same in each response: what was checked once is looked up. Bounded, and only short lines.
 _REMEMBERED = 4096
@@ -161,8 +162,7 @@ class ResponseFramer:
                 self._fail(f"malformed response header {line[:40]!r}")
                 return None
             headers.append(field)
-            name = field[0].lower()
-            if name in _FRAMING:
+            if len(field[0]) in _FRAMING_LENGTHS and (name := field[0].lower()) in _FRAMING:
                 framing[name] = f"{framing[name]},{field[1]}" if name in framing else field[1]
         self.headers = tuple(headers)
         self._framing = framing
@@ -170,7 +170,10 @@ class ResponseFramer:
 
     def _values(self, name: str) -> list[str]:
         """All comma-separated members of a header that is about framing, in lower case."""
-        return [part.strip().lower() for part in self._framing.get(name, "").split(",") if part.strip()]
+        value = self._framing.get(name)
+        if value is None:
+            return []
+        return [part.strip().lower() for part in value.split(",") if part.strip()]
 
     def _choose_framing(self) -> None:
         connection = self._values("connection")
@@ -211,6 +214,8 @@ class ResponseFramer:
 
     def _chunked(self, data: bytes, start: int) -> bytes:
         """The hot path: one read usually holds one or more whole chunks."""
+        if self._state == _SIZE and (body := self._whole_chunks(data, start)) is not None:
+            return body
         pieces: list[bytes] = []
         position, length = start, len(data)
         state, rest = self._state, self._rest
@@ -264,6 +269,22 @@ class ResponseFramer:
         if len(pieces) == 1:
             return pieces[0]
         return b"".join(pieces)
+
+    def _whole_chunks(self, data: bytes, start: int) -> bytes | None:
+        """The body where `data` is whole chunks of known sizes, perhaps with the end of the message; else None.
+
+        Split at each CRLF, sizes and bodies take turns, if no body holds a CRLF; that every size is the length of what
+        stands behind it proves it.
+        """
+        parts = (data[start:] if start else data).split(b"\r\n")
+        bodies = parts[1::2]
+        if len(parts) % 2 == 0 or parts[-1] or list(map(_sizes.get, parts[:-1:2])) != list(map(len, bodies)):
+            return None
+        if not all(bodies):
+            if not all(bodies[:-1]):
+                return None  # something follows the end
+            self._finish()
+        return b"".join(bodies)
 
     def _trailer(self, data: bytes, position: int) -> int:
         """Trailer fields are read over; the blank line ends the message."""

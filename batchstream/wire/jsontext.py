@@ -82,16 +82,23 @@ def storable(value: Any) -> Any:
 
 def _plain(value: Any, depth: int) -> bool:
     """Surely storable: a few levels of numbers and ASCII text, as nearly every usage object is. Cheaper than trying."""
+    if type(value) is not dict:
+        return _plain_scalar(value)
+    for key, item in value.items():
+        if not key.isascii() or (not depth if type(item) is dict else not _plain_scalar(item)):
+            return False
+        if type(item) is dict and not _plain(item, depth - 1):
+            return False
+    return True
+
+
+def _plain_scalar(value: Any) -> bool:
     kind = type(value)
     if kind is str:
         return bool(value.isascii())
     if kind is int:
         return bool(-_SMALL < value < _SMALL)
-    if value is None or kind is bool:
-        return True
-    if not depth or kind is not dict:
-        return False
-    return all(_plain(item, depth - 1) and key.isascii() for key, item in value.items())
+    return value is None or kind is bool
 
 
 def _repaired(value: Any, depth: int) -> Any:
@@ -108,6 +115,8 @@ def _repaired(value: Any, depth: int) -> Any:
 
 def whole(text: str) -> str:
     """`text` with surrogate halves joined where they meet and U+FFFD for lonely ones."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -310,7 +310,7 @@ class Slot:
 
     def record(self) -> Choice:
         """The choice as it stands."""
-        extra = dict(self.extra)
+        extra = dict(self.extra) if self.extra else {}
         if self.function_call is not None:
             call = self.function_call.record()
             extra["function_call"] = {"name": call.function.name, "arguments": call.function.arguments}
@@ -321,7 +321,7 @@ class Slot:
             text=joined(self.content),
             reasoning=self.reasoning.text(),
             refusal=joined(self.refusal),
-            tool_calls=self.calls.records(),
+            tool_calls=self.calls.records() if self.calls else None,
             finish_reason=whole(self.finish_reason) if self.finish_reason else None,
             logprobs=storable(self.logprobs) if self.logprobs else None,
             extra=storable(extra) if extra else None,

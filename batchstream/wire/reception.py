@@ -38,6 +38,8 @@ _REQUEST_ID_HEADERS = (
     "x-request-id", "request-id", "x-generation-id", "x-amzn-requestid", "apim-request-id",
     "x-ms-request-id", "x-litellm-call-id", "x-trace-id", "cf-ray",
 )  # fmt: skip
+_CODING = -1
+_places = {**{name: place for place, name in enumerate(_REQUEST_ID_HEADERS)}, "content-encoding": _CODING}
 
 
 def assembler_for(api: Api, n: int | None, on_delta: Callable[[Delta], None] | None) -> Assembler:
@@ -112,10 +114,19 @@ class Reception:
         if not 200 <= status < 300:
             self._refusal = Refusal(status, headers)
         self._fast = self._refusal is None and self._may_be_fast
-        fields = {name.lower(): value for name, value in reversed(headers)}
-        self.request_id = next((fields[name] for name in _REQUEST_ID_HEADERS if fields.get(name)), None)
-        coding = ContentDecoder(fields.get("content-encoding", ""))
-        self._coding = None if coding.identity else coding
+        best = len(_REQUEST_ID_HEADERS)
+        coding: str | None = None
+        for name, value in headers:
+            place = _places.get(name.lower())
+            if place is None:
+                continue
+            if place == _CODING:
+                coding = value if coding is None else coding
+            elif place < best and value:
+                best, self.request_id = place, value
+        if coding is not None:
+            decoder = ContentDecoder(coding)
+            self._coding = None if decoder.identity else decoder
 
     def feed(self, data: bytes, now: float) -> bool:
         """Bytes of the body have arrived. True: the response is final, nothing more needs to be read."""

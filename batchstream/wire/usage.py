@@ -43,6 +43,10 @@ def normalise_usage(raw: dict[str, Any]) -> Usage:
     Anthropic's `input_tokens` leave out what was read from its cache (`cached_tokens` here); OpenAI's
     `prompt_tokens` contain it. The counts are passed on as they were sent.
     """
+    if len(raw) == 3:
+        counts = raw.get("prompt_tokens"), raw.get("completion_tokens"), raw.get("total_tokens")
+        if all(type(count) is int and 0 < count <= _MOST for count in counts):
+            return Usage(*counts)  # as nearly every endpoint says it
     prompt = _first(raw, "prompt_tokens", "input_tokens")
     completion = _first(raw, "completion_tokens", "output_tokens")
     cached = _details(raw, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
