@@ -63,13 +63,20 @@ class Client:
         self._limits = limits
         self._routes = {api: (target.url(api), target.request_headers(api)) for api in PATHS}
 
-    async def attempt(self, request: Request, due: float, on_delta: Callable[[Delta], None] | None = None) -> Attempt:
-        """Send `request` once. Never raises for what the network or the server does."""
+    async def attempt(
+        self,
+        request: Request,
+        due: float,
+        on_delta: Callable[[Delta], None] | None = None,
+        depart: Callable[[], object] | None = None,
+    ) -> Attempt:
+        """Send `request` once. Never raises for what the network or the server does; `depart` is called when it is
+        about to leave (`net.transport`), and what that raises is raised here."""
         url, headers = self._routes[request.api]
         n = request.body.get("n")
         reception = Reception(request.api, n=n if isinstance(n, int) else None, on_delta=on_delta)
         body = _encode(request.body)
-        sent, failure = await self._transport.exchange(url, headers, body, reception, self._limits)
+        sent, failure = await self._transport.exchange(url, headers, body, reception, self._limits, depart)
         if failure is None:
             completion, failure = reception.outcome()
         else:

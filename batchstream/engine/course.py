@@ -17,8 +17,8 @@ class Course:
     """The attempts at one row so far. `send` makes one attempt, `park` waits without a slot.
 
     For the runner: `lane_key` names the lane the row goes by, `due` is the instant at which the next attempt may or
-    should leave, `turn` is set while a retry waits for it; `under_way`: a first request has left (or is about to);
-    `holds_slot` and `on_wire`: it may be sent, it is being sent.
+    should leave, `turn` is set while a retry waits for it; `under_way`: its first turn has come; `admitted`: the sink
+    knows that a request of it leaves; `holds_slot` and `on_wire`: it may be sent, it is being sent.
     """
 
     __slots__ = (
@@ -27,6 +27,7 @@ class Course:
         "_park",
         "_policy",
         "_send",
+        "admitted",
         "due",
         "holds_slot",
         "lane_key",
@@ -51,6 +52,7 @@ class Course:
         self.due: float | None = None
         self.turn: asyncio.Future[None] | None = None
         self.under_way = False
+        self.admitted = False
         self.holds_slot = False
         self.on_wire = False
         self._policy = policy

@@ -41,10 +41,10 @@ class Queue:
 
 
 class Departures:
-    """`lane_of` gives the lane of a key (the model's name); `leave(course)` sends a row off, or says False: not just
-    now, `look` again. Both are called on the event loop of the one who uses this."""
+    """`lane_of` gives the lane of a key (the model's name); `leave(course)` sends a row off. Both are called on the
+    event loop of the one who uses this."""
 
-    def __init__(self, lane_of: Callable[[str], Lane], leave: Callable[[Course], bool], slots: int) -> None:
+    def __init__(self, lane_of: Callable[[str], Lane], leave: Callable[[Course], None], slots: int) -> None:
         self.slots = slots
         self.on_wire = 0
         self.under_way = 0
@@ -140,8 +140,7 @@ class Departures:
         wait = queue.lane.wait(now)
         if wait > 0.0:
             return wait
-        if not self._leave(course):
-            return math.inf
+        self._leave(course)
         queue.lane.take(now)
         waiting.popleft()
         self.on_wire += 1

@@ -17,6 +17,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -53,7 +54,7 @@ class Sink(Protocol):
         """Returns once more rows may be taken in (the disk has caught up)."""
 
     def admit(self, request: Request) -> bool:
-        """Just before the first request of a row may leave. False: it must not, wait for `room` and ask again."""
+        """The first request of a row is about to be written. False: it must not, wait for `room` and ask again."""
 
     def done(self, row: Request | InvalidRow, result: Result) -> None:
         """The row has its result."""
@@ -68,6 +69,10 @@ class Budget(msgspec.Struct, frozen=True):
     seconds: float | None = None
     requests: int | None = None
     tokens: int | None = None
+
+
+class _NotNow(Exception):  # noqa: N818  (no error)
+    """A request that was about to leave must wait for the disk."""
 
 
 class Runner:
@@ -112,7 +117,6 @@ class Runner:
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._disk: asyncio.Task[None] | None = None
         self._requests = 0
         self._tokens = 0
         self._error: BaseException | None = None
@@ -227,34 +231,17 @@ class Runner:
         if self._alive <= self._places() * 3 // 4:
             self._place.set()
 
-    def _leave(self, course: Course) -> bool:
-        """It is this row's turn (`engine.departures`); False: the disk must catch up first."""
+    def _leave(self, course: Course) -> None:
+        """It is this row's turn (`engine.departures`)."""
         if course.turn is not None:
             course.holds_slot = True
             course.turn.set_result(None)
-            return True
-        try:
-            admitted = self._sink.admit(course.request)
-        except Exception as error:  # in a timer's callback nobody else would hear of it
-            self._fail(error)
-            return False
-        if not admitted:
-            if self._disk is None:
-                self._disk = asyncio.create_task(self._sink.room())
-                self._disk.add_done_callback(self._disk_has_room)
-            return False
+            return
         course.under_way = course.holds_slot = True
         self._departures.under_way += 1
         task = asyncio.create_task(self._serve(course))
         self._tasks[task] = course
         task.add_done_callback(self._ended)
-        return True
-
-    def _disk_has_room(self, task: asyncio.Task[None]) -> None:
-        self._disk = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
-        self._departures.look()
 
     async def _unless_stopped(self, wait: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Wait, and say True, unless the run has stopped or stops first."""
@@ -274,7 +261,7 @@ class Runner:
         self._alive -= 1
         self._departures.under_way -= 1
         if task.cancelled():
-            self._sink.gave_up(course.request, maybe_billed=course.on_wire)
+            self._keep_pending(course, maybe_billed=course.on_wire)
         elif (error := task.exception()) is not None:
             self._fail(error)
         if course.holds_slot:
@@ -302,8 +289,6 @@ class Runner:
         await self._cut()
 
     async def _cut(self) -> None:
-        if self._disk is not None:
-            self._disk.cancel()
         while self._tasks:
             self.abort()
             await asyncio.wait(tuple(self._tasks), timeout=1.0)
@@ -317,11 +302,11 @@ class Runner:
             self._own_trouble(attempt)
             self._finish(course, attempt)
         elif self._breaker.enabled and self._policy.too_long(failure):
-            self._sink.gave_up(course.request, maybe_billed=False)
+            self._keep_pending(course)
             asked = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait"
             self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}: {failure.message}"))
         elif self._breaker.enabled and daily_limit(failure):
-            self._sink.gave_up(course.request, maybe_billed=False)
+            self._keep_pending(course)
             self.stop(Stop("budget", f"the provider's daily limit is used up: {failure.message}"))
         elif self._breaker.enabled and failure.kind in NOT_THE_ROWS:
             self._refused.append((course, attempt))
@@ -331,6 +316,11 @@ class Runner:
             self._finish(course, attempt)
             if (reason := self._breaker.row_failed(failure)) is not None:
                 self.stop(Stop("endpoint", reason))
+
+    def _keep_pending(self, course: Course, *, maybe_billed: bool = False) -> None:
+        """Of what was never admitted the sink knows nothing."""
+        if course.admitted:
+            self._sink.gave_up(course.request, maybe_billed=maybe_billed)
 
     def _own_trouble(self, success: Attempt) -> None:
         """What was refused before this success was even sent is the refused rows' own trouble: account and
@@ -344,7 +334,7 @@ class Runner:
 
     def _keep_refused_pending(self) -> None:
         for course, attempt in self._refused:
-            self._sink.gave_up(course.request, maybe_billed=False)
+            self._keep_pending(course)
             if self.stop_reason is None and (failure := attempt.failure) is not None:
                 cause: Literal["account", "endpoint"] = "account" if failure.kind in ACCOUNT_KINDS else "endpoint"
                 way_out = "if only these rows are refused, --breaker off records them as failed"
@@ -356,6 +346,15 @@ class Runner:
 
     async def _send(self, course: Course) -> Attempt:
         """One attempt, whose turn has come: onto the wire, and the news it brings for the lane."""
+        while True:
+            try:
+                return await self._attempt(course)
+            except _NotNow:
+                if self._stopped.is_set():
+                    raise asyncio.CancelledError from None
+                await self._sink.room()
+
+    async def _attempt(self, course: Course) -> Attempt:
         progress = self._progress
         due, course.due = course.due, None
         course.on_wire = True
@@ -364,12 +363,26 @@ class Runner:
         if self._requests == self._budget.requests:
             self.stop(Stop("budget", f"--max-requests {self._budget.requests} are used up"))
         try:
-            attempt = await self._client.attempt(course.request, time.monotonic() if due is None else due)
+            depart = None if course.admitted else partial(self._admit, course)
+            attempt = await self._client.attempt(
+                course.request, time.monotonic() if due is None else due, depart=depart
+            )
+        except _NotNow:
+            course.on_wire = False
+            self._requests -= 1
+            raise
         finally:
             progress.in_flight -= 1
         course.on_wire = False
         self._learn(course, attempt)
         return attempt
+
+    def _admit(self, course: Course) -> None:
+        """The row's first request is about to be written: the sink is told first, so that whatever is asked is known.
+        Raises _NotNow when the disk must catch up before."""
+        if not self._sink.admit(course.request):
+            raise _NotNow
+        course.admitted = True
 
     def _learn(self, course: Course, attempt: Attempt) -> None:
         progress, failure, completion = self._progress, attempt.failure, attempt.completion

@@ -24,6 +24,11 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
+def lock_path(out: Path) -> Path:
+    """The file whose lock is the job's."""
+    return journal_path(out) / "LOCK"
+
+
 class Lock:
     """A held lock. `fd` may be passed on to child processes; the lock lasts until the last of them is gone."""
 
@@ -57,7 +62,7 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
                 ) from None
         # Always, not only by the one who made it: that one may have died before its sync.
         disk.sync_dir(str(directory.parent))
-        fd = disk.open(str(directory / "LOCK"), os.O_RDWR | os.O_CREAT, 0o600)
+        fd = disk.open(str(lock_path(out)), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _lock_patiently(disk, fd)
         text = f"pid {os.getpid()} on {socket.gethostname()} since {started}\n".encode()
@@ -74,7 +79,7 @@ def hold(out: Path, *, started: str, disk: fsio.Disk | None = None) -> Lock:
                 f"{out}: another run holds this job ({by or 'it has not said who it is'}); "
                 "wait for it, or use --if-locked skip or --lock-wait"
             ) from None
-        raise fsio.storage_error(directory / "LOCK", error) from error
+        raise fsio.storage_error(lock_path(out), error) from error
     return Lock(directory, fd, disk)
 
 

@@ -20,7 +20,7 @@ from batchstream.connect import Plan
 from batchstream.errors import InputError, LockedError, UsageError
 from batchstream.files.fingerprint import input_fingerprint
 from batchstream.files.journal import JournalDir
-from batchstream.files.lock import Lock, hold
+from batchstream.files.lock import Lock, hold, lock_path
 from batchstream.files.manifest import Manifest
 from batchstream.files.source import Source
 from batchstream.files.spool import spool_stdin
@@ -55,11 +55,12 @@ class Opening:
 
         Raises Interrupted, Skipped, and the BatchstreamError that says what keeps the run from starting."""
         lock = None
-        if self._job.input == "-":
-            # What comes over a pipe can be read once only: it is kept in the journal, and that wants the lock first.
+        # What comes over a pipe can be read once only: it is kept in the journal, and that wants the lock first. Where
+        # there is a lock file, it comes first as well: who comes second hears so at once, whatever the input's size.
+        if self._job.input == "-" or lock_path(self._out).exists():
             lock = await self._patiently(hold, self._out, started=self._started_at)
         try:
-            source = await self._unless_stopped(self._source, lock)
+            source = await self._unless_stopped(self._source, lock if self._job.input == "-" else None)
         except BaseException:
             if lock is not None:
                 lock.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yarl
@@ -17,13 +17,15 @@ GRACE_S = 0.1
 
 
 class Exchange:
-    """`sent`: when writing began, None until then. `settled`: the fast path's future. `broken`: why no response
-    came, `garbage`: what came instead of HTTP; `expired`: which limit was passed."""
+    """`depart` is called when everything is ready, just before the request is written (what it raises keeps the request
+    from leaving); `sent`: when writing began, None until then. `settled`: the fast path's future. `broken`: why no
+    response came, `garbage`: what came instead of HTTP; `expired`: which limit was passed."""
 
-    __slots__ = ("broken", "expired", "garbage", "limits", "reception", "redirect", "sent", "settled", "task")
+    __slots__ = ("broken", "depart", "expired", "garbage", "limits", "reception", "redirect", "sent", "settled", "task")
 
-    def __init__(self, reception: Reception, limits: Limits) -> None:
+    def __init__(self, reception: Reception, limits: Limits, depart: Callable[[], object] | None = None) -> None:
         self.reception = reception
+        self.depart = depart
         self.limits = limits
         self.sent: float | None = None
         self.broken: str | None = None

@@ -149,6 +149,8 @@ class FastPath:
             settled = asyncio.get_running_loop().create_future()
             exchange.settled = settled
             protocol.begin(exchange, settled)
+            if exchange.depart is not None:
+                exchange.depart()
             exchange.sent = _now()
             protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head(url, headers), len(body), body))
             await settled

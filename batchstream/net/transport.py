@@ -17,7 +17,7 @@ import asyncio
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import aiohttp
@@ -74,14 +74,22 @@ class Transport:
             await self._session.close()
 
     async def exchange(
-        self, url: yarl.URL, headers: Mapping[str, str], body: bytes, reception: Reception, limits: Limits
+        self,
+        url: yarl.URL,
+        headers: Mapping[str, str],
+        body: bytes,
+        reception: Reception,
+        limits: Limits,
+        depart: Callable[[], object] | None = None,
     ) -> tuple[float | None, Failure | None]:
         """POST `body` and feed the response to `reception`.
 
+        `depart` is called just before the request is written, on a connection that is ready (on the public path: before
+        there is one); what it raises is raised here, and nothing has left.
         Returns the instant at which writing began (None: it never did, so nothing can have been billed)
         and a failure of the connection, or None where the reception itself tells how it ended.
         """
-        exchange = Exchange(reception, limits)
+        exchange = Exchange(reception, limits, depart)
         self._live.add(exchange)
         try:
             if self._fast is not None:
@@ -111,6 +119,8 @@ class Transport:
         """The same over aiohttp's public interface. Stamps are those of the reading coroutine."""
         assert self._session is not None  # noqa: S101  (made on entry)
         reception = exchange.reception
+        if exchange.depart is not None:
+            exchange.depart()
         payload = _StampedBody(body, exchange)
         async with self._session.post(url, data=payload, headers=headers, allow_redirects=False) as response:
             answer = list(response.headers.items())
