@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from batchstream.endpoints.credentials import Key, find_key
+from batchstream.endpoints.credentials import Key, find_key, header_secrets
 from batchstream.endpoints.providers import DEFAULT, Provider, find
 from batchstream.engine.client import Target
 from batchstream.errors import UsageError
@@ -31,11 +31,6 @@ class Plan(msgspec.Struct, frozen=True):
     model: str | None
     key: Key | None
     rpm: float | None
-
-    @property
-    def secret(self) -> str | None:
-        """What must be written nowhere."""
-        return self.key.secret if self.key is not None else None
 
 
 def plan(job: Job, *, with_key: bool = True) -> Plan:
@@ -58,6 +53,12 @@ def plan(job: Job, *, with_key: bool = True) -> Plan:
         key=find_key(job.api_key_env, job.api_key_file, provider.key_env) if with_key else None,
         rpm=job.rpm or provider.limits.rpm,
     )
+
+
+def secrets(job: Job, plan: Plan) -> tuple[str, ...]:
+    """What must be written nowhere: the key, and what the job's own headers carry of that kind."""
+    key = plan.key.secret if plan.key is not None else None
+    return (*((key,) if key is not None else ()), *header_secrets(job.header))
 
 
 @asynccontextmanager

@@ -42,12 +42,14 @@ class Hooks(msgspec.Struct, frozen=True):
 
 class Control:
     """How a run in progress is stopped from outside: first `stop`, then, if need be, `abort`.
-    A stop that comes before the runner exists is kept for it."""
+    A stop that comes before the runner exists is kept for it; `aborted`: nothing more is waited for, not even the
+    making of the results."""
 
     def __init__(self) -> None:
         self._runner: Runner | None = None
         self._early: Stop | None = None
         self._stopped = asyncio.Event()
+        self.aborted = False
 
     def bind(self, runner: Runner) -> None:
         self._runner = runner
@@ -71,6 +73,7 @@ class Control:
             self._runner.stop(reason)
 
     def abort(self) -> None:
+        self.aborted = True
         if self._runner is not None:
             self._runner.abort()
 
@@ -86,12 +89,12 @@ async def run_shard(
     hooks: Hooks,
     *,
     rpm: float | None,
-    secret: str | None,
+    secrets: tuple[str, ...],
     worker: int = 0,
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
-    `secret` is kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
+    `secrets` are kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
     the last call: (index, rows, hash).
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
@@ -100,7 +103,7 @@ async def run_shard(
         segment,
         progress,
         GroupSync(job.durability),
-        secret=secret,
+        secrets=secrets,
         spill_dir=Path(job.spill_dir) if job.spill_dir else None,
         stop=control.stop,
         on_durable=hooks.on_durable,

@@ -49,11 +49,20 @@ def _pairs(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -
 
 def _headers(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
     """``NAME: VALUE`` words as a dictionary. A value may be secret and is never repeated."""
+    from batchstream.endpoints.credentials import carries_secret
+
     found = {}
     for word in texts:
         name, colon, text = word.partition(":")
         if not colon or not name.strip():
             raise click.BadParameter("expected 'NAME: VALUE'", ctx, param)
+        if carries_secret(name):
+            raise click.BadParameter(
+                f"{name.strip()} carries a secret, and every user of this machine can read command lines: name the key "
+                "with --api-key-env, or put the header into a job file, [endpoint] header",
+                ctx,
+                param,
+            )
         found[name.strip()] = text.strip()
     return found
 
@@ -119,7 +128,11 @@ def job_of(ctx: click.Context, source: str) -> Job:
 def attune(ctx: click.Context, job: Job) -> None:
     """Let the voice speak as the job says, and never say its key."""
     voice: Voice = ctx.obj
+    from batchstream.endpoints.credentials import header_secrets
+
     voice.log_format, voice.quiet = job.log_format, job.quiet
+    for secret in header_secrets(job.header):
+        voice.hide(secret)
     if (key := key_of(job)) is not None:
         voice.hide(key.value)
         voice.key_origin = key.origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,21 @@ class Key(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Key(from {self.origin})"
+
+
+_SAYS_SECRET = re.compile(r"authorization|(api|access)-?key|token$|secret|credential|passw|cookie", re.IGNORECASE)
+
+
+def carries_secret(name: str) -> bool:
+    """Whether a header of that name holds, by all that is usual, a secret (Authorization, api-key, Cookie, ...)."""
+    return _SAYS_SECRET.search(name) is not None
+
+
+def header_secrets(headers: Mapping[str, str]) -> tuple[str, ...]:
+    """What of these headers must never be written anywhere: the values of those that carry a secret, without the scheme
+    before it ("Bearer ...")."""
+    values = [value.split()[-1] for name, value in headers.items() if carries_secret(name) and value.strip()]
+    return tuple(value for value in values if len(value) >= SECRET_LENGTH)
 
 
 def spellings(secret: str) -> tuple[str, ...]:

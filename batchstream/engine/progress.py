@@ -18,7 +18,8 @@ class Progress:
 
     `total`: rows of the input, None while unknown; `resumed`: rows that had a result before this run;
     `done`: rows that got one in this run, `ok` + `failed`; `failures`: the failed ones by kind;
-    `in_flight`: requests sent and not ended; `waiting`: rows that wait for their next attempt;
+    `requests`: those that were sent and have ended; `in_flight`: those that have not ended;
+    `waiting`: rows that wait for their next attempt;
     `tokens`: completion tokens the endpoint reported, failed attempts included;
     `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
@@ -26,8 +27,8 @@ class Progress:
     """
 
     __slots__ = (
-        "done", "failed", "failures", "gate_until", "in_flight", "message", "ok", "resumed", "retries", "retry_kinds",
-        "started", "tokens", "total", "ttft", "waiting",
+        "done", "failed", "failures", "gate_until", "in_flight", "message", "ok", "requests", "resumed", "retries",
+        "retry_kinds", "started", "tokens", "total", "ttft", "waiting",
     )  # fmt: skip
 
     def __init__(self, started: float, total: int | None = None, resumed: int = 0) -> None:
@@ -37,6 +38,7 @@ class Progress:
         self.done = 0
         self.ok = 0
         self.failed = 0
+        self.requests = 0
         self.in_flight = 0
         self.waiting = 0
         self.retries = 0

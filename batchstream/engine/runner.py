@@ -374,6 +374,7 @@ class Runner:
         finally:
             progress.in_flight -= 1
         course.on_wire = False
+        progress.requests += attempt.timing.sent is not None
         self._learn(course, attempt)
         return attempt
 

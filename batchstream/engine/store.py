@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _encode = msgspec.json.Encoder().encode
 class Store:
     """A sink (`engine.runner.Sink`) over one journal segment; `stop` is called when the disk has failed for good.
 
-    `secret` never reaches the journal, whatever an endpoint echoes. `on_durable(result)` is told of each result
+    `secrets` never reach the journal, whatever an endpoint echoes. `on_durable(result)` is told of each result
     once it is on stable storage.
     """
 
@@ -48,7 +48,7 @@ class Store:
         progress: Progress,
         group: GroupSync,
         *,
-        secret: str | None = None,
+        secrets: Iterable[str] = (),
         spill_dir: Path | None = None,
         stop: Callable[[Stop], None],
         on_durable: Callable[[Result], None] | None = None,
@@ -56,7 +56,7 @@ class Store:
         self._segment = segment
         self._progress = progress
         self._group = group
-        self._secrets = spellings(secret) if secret else ()
+        self._secrets = tuple(spelled for secret in secrets for spelled in spellings(secret))
         self._spelled = tuple(_encode(text)[1:-1] for text in self._secrets)  # as they stand in a record
         self._spill_dir = spill_dir
         self._stop = stop

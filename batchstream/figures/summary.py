@@ -45,6 +45,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     `started_at`, `ended_at`: wall clock, ISO 8601 UTC; `elapsed_s`: seconds of the monotonic clock; `stop`: why the run
     ended before its rows did; `pending`: rows without a result; `resumed`: rows that had one before this run;
+    `requests`: those that left in this run and ended, also of rows that stay pending;
     `skipped`: invalid rows left out (``--invalid skip``); `unanswered`: rows whose request went out and that have no
     stored answer: in flight now, or cut when a run ended; `asked_again`: rows of that kind that this run found, which
     may have been paid for twice; `duplicates`: second results of a row found in the journal and left out.
@@ -60,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     output: str | None = None
     journal: str | None = None
     pending: int | None = None
+    requests: int | None = None
     resumed: int = 0
     skipped: int = 0
     asked_again: int = 0

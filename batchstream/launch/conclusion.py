@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchstream.connect import Plan
+from batchstream.connect import Plan, secrets
 from batchstream.engine.progress import Progress
 from batchstream.engine.runner import Stop
 from batchstream.figures.evidence import Evidence
@@ -21,6 +21,8 @@ from batchstream.files.lock import journal_path
 from batchstream.files.manifest import Final
 from batchstream.files.recovery import recover
 from batchstream.job import Job
+from batchstream.launch.opening import Interrupted
+from batchstream.shard import Control
 
 EXIT_OF = {"account": 4, "endpoint": 4, "budget": 5, "storage": 14}
 
@@ -40,14 +42,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 class Serving:
     """Counts of one run's serving: `taken` rows of the input, `skipped` invalid ones left out, `exhausted` once the
-    input was read to its end, `seconds` of the monotonic clock, and the client's `evidence` about itself."""
+    input was read to its end, `over` when no request is under way any more, `seconds` of the monotonic clock, and the
+    client's `evidence` about itself; `requests` that left, None where none could."""
 
-    __slots__ = ("evidence", "exhausted", "seconds", "skipped", "taken")
+    __slots__ = ("evidence", "exhausted", "over", "requests", "seconds", "skipped", "taken")
 
     def __init__(self) -> None:
         self.taken = 0
         self.skipped = 0
         self.exhausted = False
+        self.requests: int | None = None
+        self.over = False
         self.seconds = 0.0
         self.evidence: Evidence | None = None
 
@@ -63,11 +68,13 @@ class _Stored(NamedTuple):
 class Conclusion:
     """Makes the `Report` of a run that began at `started_at` (ISO 8601, UTC). Blocking: call it in a thread."""
 
-    def __init__(self, job: Job, plan: Plan, out: Path, started_at: str) -> None:
+    def __init__(self, job: Job, plan: Plan, out: Path, started_at: str, control: Control) -> None:
         self._job = job
+        self._control = control
         self._plan = plan
         self._out = out
         self._started_at = started_at
+        self._publishing = False
 
     def skipped(self) -> Report:
         """Another run holds the job, and the user wants that passed over."""
@@ -76,10 +83,11 @@ class Conclusion:
         return Report(exit_code=0, message=message, output=self._out, journal=journal, summary=None)
 
     def interrupted(self, stop: Stop) -> Report:
-        """Stopped before any request left."""
+        """Stopped before any request left, or once all had ended and only the results file was still to be made."""
+        what = "the results were not published yet" if self._publishing else "nothing was sent"
         return Report(
             exit_code=128 + stop.signal,
-            message=f"stopped: {stop.message}; nothing was sent",
+            message=f"stopped: {stop.message}; {what}",
             output=self._out,
             journal=journal_path(self._out),
             summary=None,
@@ -96,7 +104,7 @@ class Conclusion:
         return self._report(journal, exit_code, message, figures, published=True)
 
     def after(self, journal: JournalDir, progress: Progress, serving: Serving, stop: Stop | None) -> Report:
-        """After the last request: publish, or say why not."""
+        """After the last request: publish, or say why not. Raises Interrupted when that was cut short."""
         job = self._job
         before = journal.recovered.rows_done
         complete = serving.exhausted and progress.done == serving.taken
@@ -111,15 +119,24 @@ class Conclusion:
         failed = progress.failed + (before - journal.recovered.ok)
         exit_code = 3 if failed > job.max_failures else 0
         tally = Tally(since=self._started_at)
-        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=tally.add)
+
+        def observe(result: bytes) -> None:
+            if self._control.aborted:
+                raise Interrupted
+            tally.add(result)
+
+        self._publishing = True
+        final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=observe)
         figures = self._summary(journal, serving, _Stored(tally, final.duplicates), None, exit_code)
         message = _too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
     def _clean(self, stop: Stop) -> Stop:
         """Endpoints like to repeat the key in the message that refuses it."""
-        secret = self._plan.secret
-        return stop if secret is None else msgspec.structs.replace(stop, message=stop.message.replace(secret, "[key]"))
+        message = stop.message
+        for secret in secrets(self._job, self._plan):
+            message = message.replace(secret, "[key]")
+        return msgspec.structs.replace(stop, message=message)
 
     def _stored(self, journal: JournalDir) -> _Stored:
         tally = Tally(since=self._started_at)
@@ -158,6 +175,7 @@ class Conclusion:
             output=str(self._out),
             journal=str(journal.path),
             pending=pending,
+            requests=serving.requests,
             resumed=before,
             skipped=serving.skipped,
             asked_again=known.asked_again,

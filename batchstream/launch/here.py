@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from batchstream.connect import Plan, opened, plan
+from batchstream.connect import Plan, opened, plan, secrets
 from batchstream.engine.gauges import Gauges, quiet_gc
 from batchstream.engine.progress import Progress
 from batchstream.files.journal import JournalDir
@@ -72,7 +72,9 @@ class _Run:
 
     def say_signal(self, number: signal.Signals, again: bool) -> None:
         in_flight = self._progress.in_flight if self._progress is not None else 0
-        if again:
+        if self._serving.over:
+            text = f"{number.name}: publishing the results; " + ("stopping" if again else "once more stops that")
+        elif again:
             text = f"{number.name} again: cutting {in_flight} requests"
         else:
             limit = f"--drain-timeout {self._job.drain_timeout:g} s"
@@ -85,7 +87,7 @@ class _Run:
     async def go(self) -> Report:
         job, started_at = self._job, now_iso()
         out = output_of(job)
-        conclusion = Conclusion(job, self._plan, out, started_at)
+        conclusion = Conclusion(job, self._plan, out, started_at, self._control)
         try:
             source, journal = await Opening(job, self._plan, out, self._control, started_at).open()
             try:
@@ -116,7 +118,7 @@ class _Run:
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
                             progress, self._control, self._hooks, rpm=self._plan.rpm,
-                            secret=self._plan.secret,
+                            secrets=secrets(job, self._plan),
                         )  # fmt: skip
                         serving.seconds = time.monotonic() - began
                 finally:
@@ -124,6 +126,8 @@ class _Run:
                     serving.evidence = gauges.evidence()
         finally:
             counting.cancel()
+            serving.over = True
+            serving.requests = progress.requests
         return await asyncio.to_thread(conclusion.after, journal, progress, serving, stop)
 
     def _taken(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:

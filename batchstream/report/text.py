@@ -95,7 +95,11 @@ def _facts(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         yield "Failures", [_nonzero(*_pairs(summary.failures))]
     attempts = summary.attempts
     requests = f"{attempts.total:,}, of them {attempts.retries:,} retries"
-    yield "Requests", [requests + (f" after {_nonzero(*_pairs(attempts.retries_by_kind))}" if attempts.retries else "")]
+    if attempts.retries:
+        requests += f" after {_nonzero(*_pairs(attempts.retries_by_kind))}"
+    if run.stop and run.requests is not None:  # also those of rows that stay pending
+        requests += f"; {run.requests:,} sent in this run"
+    yield "Requests", [requests]
     doubtful = _nonzero(
         (suspects.empty, "empty"),
         (suspects.length, "cut by the token limit"),

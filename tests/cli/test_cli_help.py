@@ -145,3 +145,11 @@ def test_version_and_bare_call(tmp_path: Path) -> None:
 def test_the_shell_can_complete(tmp_path: Path) -> None:
     done = batchstream(cwd=tmp_path, _BATCHSTREAM_COMPLETE="bash_complete", COMP_WORDS="batchstream ex", COMP_CWORD="1")
     assert "export" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "Cookie"])
+def test_a_header_that_carries_a_secret_is_refused_on_the_command_line(name: str, tmp_path: Path) -> None:
+    done = batchstream("run", "x", "--header", f"{name}: Bearer abcdef0123456789", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "abcdef0123456789" not in done.stderr
+    assert "--api-key-env" in done.stderr

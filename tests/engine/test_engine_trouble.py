@@ -8,6 +8,7 @@ import errno
 import gc
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from batchstream.endpoints.simulate import SimulateConfig, running
 from batchstream.engine import store
 from batchstream.engine.runner import Stop
 from batchstream.errors import BudgetError, InputError, StoppedError, StorageError
-from batchstream.files import fsio
+from batchstream.files import fsio, publish
 from batchstream.files.results import read_journal
 from batchstream.files.segment import Segment
 from batchstream.job import Job
@@ -288,3 +289,44 @@ def test_a_last_row_that_is_always_refused_has_a_way_out_that_is_named(tmp_path:
         report = run(Job(input=str(path), base_url=simulator.base_url, model="m", breaker="off"))
         assert report.summary is not None
         assert (report.exit_code, report.summary.rows.ok, report.summary.rows.failed) == (3, 9, 1)
+
+
+def signalled_while_publishing(control: Control, monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
+    """The signals come when the fifth result is on its way into the results file."""
+    real, loop = publish.write_lines, asyncio.get_running_loop()
+
+    async def arrive() -> None:
+        for _ in range(times):
+            if control.stopping:
+                control.abort()
+            control.stop(Stop("signal", "got SIGTERM", 15))
+
+    def write_lines(disk: Any, path: Path, lines: Iterator[bytes]) -> None:
+        def interrupted() -> Iterator[bytes]:
+            for number, line in enumerate(lines):
+                if number == 5:
+                    asyncio.run_coroutine_threadsafe(arrive(), loop).result()
+                yield line
+
+        real(disk, path, interrupted())
+
+    monkeypatch.setattr(publish, "write_lines", write_lines)
+
+
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (2, 143)])
+async def test_a_signal_while_the_results_are_made_lets_them_end_and_the_second_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, code: int
+) -> None:
+    with running(SimulateConfig(tokens=2)) as simulator:
+        job = Job(input=write(tmp_path, 20), base_url=simulator.base_url, model="m")
+        control = Control()
+        with monkeypatch.context() as patch:
+            signalled_while_publishing(control, patch, times=times)
+            report = await run_async(job, control=control)
+        assert (report.exit_code, report.published) == (code, code == 0)
+        assert report.output.exists() == (code == 0)
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+        assert code == 0 or "not published" in report.message
+        again = await run_async(job)
+        assert (again.exit_code, simulator.ledger.requests) == (0, 20)
+        assert len(rows_of(report.output)) == 20

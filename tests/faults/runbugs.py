@@ -22,6 +22,18 @@ def asks_before_the_row_is_noted() -> None:
     store.Store.admit = lambda self, request: True  # type: ignore[method-assign]
 
 
+def notes_a_row_when_its_turn_comes() -> None:
+    """Long before its request can leave: what is printed after a kill is then more than what was asked."""
+    real = runner.Runner._leave
+
+    def leave(self: Any, course: Any) -> None:
+        if course.turn is None:
+            self._admit(course)
+        real(self, course)
+
+    runner.Runner._leave = leave  # type: ignore[method-assign]
+
+
 def asks_before_the_segment_is_durable() -> None:
     real = segment.Segment._begin_file
 
@@ -199,6 +211,7 @@ BUGS: dict[str, tuple[Callable[[], None], tuple[object, ...], str]] = {
     bug.__name__: (bug, sweep, because)
     for bug, sweep, because in (
         (asks_before_the_row_is_noted, ("killed_everywhere", "--every", 20, "--first", 40), "twice, printed 0"),
+        (notes_a_row_when_its_turn_comes, ("killed_everywhere", "--every", 3, "--first", 20), "twice, printed"),
         (asks_before_the_segment_is_durable, ("killed_everywhere",), "a request left before"),
         (
             keeps_answers_for_a_while_before_it_writes_them,

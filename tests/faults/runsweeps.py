@@ -145,7 +145,7 @@ def kills(
     """SIGKILL at disk call number `first`, `first + every`, ... (a negative one counts from the end of an uninterrupted
     run) until a start gets through; with `second` an earlier
     start has been killed at that call before, so that recovery is what is killed."""
-    trials = twice = printed_in_all = exact = 0
+    trials = twice = printed_in_all = 0
     for point in itertools.count(first if first >= 0 else len(site.calls) + first, every):
         trial = f"kill-{point}"
         starts = 1
@@ -163,8 +163,8 @@ def kills(
             assert printed == admitted_again(journal), (
                 f"{trial}: printed {printed}, sent again {admitted_again(journal)}"
             )
-            assert asked <= printed, f"{trial}: asked {asked} twice, printed {printed}"
-            exact += asked == printed
+            # A kill between two disk calls could come after the note and before the request: none does at one.
+            assert asked == printed, f"{trial}: asked {asked} twice, printed {printed}"
         else:
             assert asked <= admitted_again(journal)
         site.done_with(trial)
@@ -172,7 +172,7 @@ def kills(
         if ended.code == 0:
             break
     assert twice > 0, "no kill hit a row in flight: the sweep proves nothing"
-    return {"trials": trials, "asked_twice": twice, "printed": printed_in_all, "equal_to_the_number_printed": exact}
+    return {"trials": trials, "asked_twice": twice, "printed": printed_in_all}
 
 
 def killed_everywhere(home: Path, options: argparse.Namespace) -> dict[str, Any]:

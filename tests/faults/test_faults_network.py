@@ -280,6 +280,30 @@ async def test_a_fault_ends_as_documented_wherever_it_strikes(name: str, path: s
             assert result.text == "Hellö"
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_carries_neither_key_nor_prompt_anywhere(status: int, path: str) -> None:
+    stolen = 0
+
+    async def thief(wire: Wire) -> None:
+        nonlocal stolen
+        stolen += bool(await wire.request())
+        await wire.send(REST["connect"])
+
+    async with serving(thief) as elsewhere:
+
+        async def handler(wire: Wire) -> None:
+            await wire.request()
+            await wire.send(
+                b"HTTP/1.1 %d Go\r\nLocation: %b/v1/chat/completions\r\nContent-Length: 0\r\n\r\n"
+                % (status, elsewhere.encode())
+            )
+            await wire.request()
+
+        async with serving(handler) as base:
+            result = await ask(base, path)
+    assert (kind_of(result), result.attempts, stolen) == ("redirect", 1, 0)
+
+
 # --- faults that have only one place
 
 

@@ -186,6 +186,22 @@ def test_an_endpoint_that_repeats_the_key_in_its_answers_does_not_get_it_written
     assert b"[key]" in redacted, "nothing of what the endpoint repeated was stored: the test proves nothing"
 
 
+def test_a_key_in_a_header_of_a_job_file_is_kept_like_any_other(folder: Path, key: str) -> None:
+    with parrot() as base:
+        for way in ("pieces", "error", "401"):
+            header = json.dumps(f"Bearer {key}")
+            (folder / "job.toml").write_text(
+                f'[input]\npath = "p.jsonl"\n[endpoint]\nbase_url = "{base}/{way}/v1"\nmodel = "m"\n'
+                f'header = {{ Authorization = {header} }}\n[output]\npath = "{way}.jsonl"\n'
+            )
+            done = batchstream("run", "job.toml", "-v", "--max-attempts", "1", cwd=folder)
+            assert done.returncode in (0, 3, 4), done.stderr
+            search(key, f"{way}: stdout and stderr", (done.stdout + done.stderr).encode())
+            (folder / "job.toml").unlink()
+    assert search_files(key, folder) > 8
+    assert b"[key]" in b"".join(path.read_bytes() for path in folder.rglob("*.bsj"))
+
+
 def exports(out: str) -> list[list[str]]:
     kinds = {"jsonl": "jsonl", "csv": "csv", "openai-batch": "jsonl", "parquet": "parquet"}
     return [["export", out, "--format", kind, "-o", f"{kind}-of-{out}.{suffix}"] for kind, suffix in kinds.items()]
@@ -227,7 +243,7 @@ def test_the_key_is_in_no_command_line_and_no_traceback(folder: Path, key: str) 
     program = (
         "import sys\n"
         "from batchstream.engine import client\n"
-        "def broken(self, request, due, on_delta=None):\n"
+        "def broken(self, request, due, on_delta=None, depart=None):\n"
         "    key = self._routes['chat'][1]['Authorization']\n"
         "    raise RuntimeError(f'no luck with {key}')\n"
         "client.Client.attempt = broken\n"
