@@ -7,6 +7,7 @@ code (None is 0; 128 + N means: die of signal N) or raises; nothing else in the 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -132,6 +133,9 @@ def _settled(args: list[str], voice: Voice) -> int:
         voice.error(again("interrupted", 130, voice.command), 130)
         return 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EBADF:  # click's help for a closed stdout
+            voice.error("stdout: cannot write: it is closed", 14)
+            return 14
         voice.bug(error)
         return 1
 
@@ -150,14 +154,15 @@ def _usage(error: click.ClickException) -> str:
 
 def _fill_standard_descriptors() -> None:
     """Put /dev/null where a standard stream was closed by whoever started us. Else the next file or socket would get
-    its number: journal and chatter would mix, and libuv aborts over a socket called 0, 1 or 2."""
+    its number: journal and chatter would mix, and libuv aborts over a socket called 0, 1 or 2.
+    Opened for reading only: data that was to go to a closed stdout is an error, not a success."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.open(os.devnull, os.O_RDONLY)
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  (as long as the process)
 
 
 def _flushed(code: int, voice: Voice) -> int:

@@ -300,3 +300,14 @@ def test_an_interrupt_before_the_run_starts_ends_by_the_signal_without_a_traceba
     assert (run.returncode, out) == (-signal.SIGINT, "")
     assert "Traceback" not in said
     assert last(said) == "batchstream: error: interrupted"
+
+
+@pytest.mark.parametrize("words", ["export prompts.results.jsonl --format csv", "report prompts.results.jsonl",
+                                   "ask hi --provider sim", "--help"])  # fmt: skip
+def test_data_for_a_closed_stdout_is_an_error_and_no_success(words: str, prompts: Path, tmp_path: Path) -> None:
+    assert batchstream("run", prompts, "--provider", "sim", cwd=tmp_path).returncode == 0
+    line = f"{sys.executable} -m batchstream {words} >&-"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 14
+    assert "stdout: cannot write" in last(done.stderr)
+    assert "Traceback" not in done.stderr

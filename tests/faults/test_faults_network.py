@@ -7,10 +7,12 @@ through aiohttp. `MATRIX` is the whole of it; a cell that is missing there has n
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -348,6 +350,55 @@ async def test_a_half_open_connection_that_takes_no_bytes(path: str) -> None:
     assert (kind_of(result), result.attempts) == ("timeout", ATTEMPTS)
 
 
+def set_loopback(*, up: bool) -> None:
+    """In a network namespace of our own: what is sent while it is down reaches nobody, and nobody is told."""
+    flags = struct.pack("16sh14x", b"lo", 1 if up else 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, flags)  # SIOCSIFFLAGS
+
+
+async def ask_a_peer_that_vanishes(place: str, path: str) -> Result:
+    async def handler(wire: Wire) -> None:
+        await wire.request()
+        await wire.send(*BEFORE[place])
+        await asyncio.sleep(0.1)
+        set_loopback(up=False)
+        await asyncio.sleep(3600)
+
+    set_loopback(up=True)
+    async with serving(handler) as base:
+        return await ask(base, path)
+
+
+VANISH = """
+import asyncio, sys
+import test_faults_network as t
+result = asyncio.run(t.ask_a_peer_that_vanishes(sys.argv[1], sys.argv[2]))
+print(*[retry.kind for retry in result.retries], t.kind_of(result))
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "kinds"),
+    [
+        ("after request", ["timeout", "connect"]),
+        ("after headers", ["timeout", "connect"]),
+        ("between events", ["timeout", "connect"]),
+        ("after finish_reason", ["ok"]),
+    ],
+)
+def test_a_half_open_connection_whose_peer_has_vanished(place: str, kinds: list[str], path: str) -> None:
+    """Neither FIN nor RST, ever: the network itself is gone. The second attempt finds no way there."""
+    alone = ["unshare", "--net", "--map-root-user"]
+    if not (os.environ.get("CI") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode == 0):
+        pytest.skip("this machine lets nobody have a network namespace of their own")
+    asked = subprocess.run(
+        [*alone, sys.executable, "-c", VANISH, place, path],
+        capture_output=True, text=True, env=environment_of_a_child(), timeout=120, check=False,
+    )  # fmt: skip
+    assert asked.stdout.split() == kinds, asked.stderr
+
+
 async def test_a_storm_of_429_is_waited_out_without_eating_attempts(path: str) -> None:
     seen = 0
 
@@ -451,11 +502,14 @@ print(t.kind_of(result), result.attempts, resource.getrusage(resource.RUSAGE_SEL
 """
 
 
+def environment_of_a_child() -> dict[str, str]:
+    """In which this very module can be imported."""
+    path = os.pathsep.join(entry for entry in (str(Path(__file__).parent), *sys.path) if entry)
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def test_an_event_of_a_gigabyte_is_given_up_in_bounded_memory(path: str) -> None:
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry for entry in (str(Path(__file__).parent), *sys.path) if entry),
-    }
+    env = environment_of_a_child()
     command = [sys.executable, "-c", GIGABYTE_SERVER, str(ATTEMPTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
