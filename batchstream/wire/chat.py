@@ -119,6 +119,7 @@ class ChoicesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
         self._all_whole = False
+        self._fingerprint: str | None = None  # of the last chunk that was noted
         self._sought = 0  # how often a stencil was sought
 
     # The fast lane
@@ -146,7 +147,11 @@ class ChoicesAssembler:
         slot = self._first or self._slot(0)
         if not self._identified:
             self._identify(chunk.id, chunk.model, chunk.created)
-        if chunk.system_fingerprint is not None or chunk.service_tier is not None or chunk.provider is not None:
+        if (
+            chunk.system_fingerprint != self._fingerprint
+            or chunk.service_tier is not None
+            or chunk.provider is not None
+        ):
             self._note(chunk)
         if chunk.usage is not None and says_something(chunk.usage):
             self._usage = chunk.usage
@@ -183,6 +188,7 @@ class ChoicesAssembler:
         """What a chunk says of the whole response, the last of it counts. Events of a stencil repeat what was said
         in them, so none may be known that says something else."""
         extra = self._extra
+        self._fingerprint = chunk.system_fingerprint
         for name in ("system_fingerprint", "service_tier", "provider"):
             value = getattr(chunk, name)
             if value is not None and extra.get(name) != value:
@@ -198,7 +204,7 @@ class ChoicesAssembler:
     def add(self, document: dict[str, Any], name: str) -> int:
         brought = NOTHING
         self.was_whole = False
-        self.stencil = None
+        self.stencil = self._fingerprint = None
         choices = document.get("choices")
         if isinstance(choices, dict):
             choices = [choices]

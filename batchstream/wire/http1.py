@@ -28,6 +28,7 @@ _REMEMBERED = 4096
 _sizes: dict[bytes, int] = {}
 _fields: dict[bytes, tuple[str, str]] = {}
 _heads: dict[bytes, tuple[int, Headers, bool, int, int]] = {}  # status, headers, persistent, state, rest
+_framings: dict[tuple[object, ...], tuple[bool, int]] = {}  # of chunked messages
 _MAX_REMEMBERED_HEAD = 4096
 _HEADS = 64  # whole heads differ by their date at least, once a second
 
@@ -176,6 +177,16 @@ class ResponseFramer:
         return [part.strip().lower() for part in value.split(",") if part.strip()]
 
     def _choose_framing(self) -> None:
+        said = (self.status, self._persistent, *self._framing.items())
+        known = _framings.get(said)
+        if known is not None:
+            self._persistent, self._state = known
+            return
+        self._work_out_framing()
+        if self._state == _SIZE and self.error is None and len(_framings) < _REMEMBERED:
+            _framings[said] = self._persistent, self._state
+
+    def _work_out_framing(self) -> None:
         connection = self._values("connection")
         if "close" in connection:
             self._persistent = False

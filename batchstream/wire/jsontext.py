@@ -83,22 +83,21 @@ def storable(value: Any) -> Any:
 def _plain(value: Any, depth: int) -> bool:
     """Surely storable: a few levels of numbers and ASCII text, as nearly every usage object is. Cheaper than trying."""
     if type(value) is not dict:
-        return _plain_scalar(value)
-    for key, item in value.items():
-        if not key.isascii() or (not depth if type(item) is dict else not _plain_scalar(item)):
+        return False
+    for item in value.values():
+        kind = type(item)
+        if kind is int:
+            if not -_SMALL < item < _SMALL:
+                return False
+        elif kind is str:
+            if not item.isascii():
+                return False
+        elif kind is dict:
+            if not depth or not _plain(item, depth - 1):
+                return False
+        elif item is not None and kind is not bool:
             return False
-        if type(item) is dict and not _plain(item, depth - 1):
-            return False
-    return True
-
-
-def _plain_scalar(value: Any) -> bool:
-    kind = type(value)
-    if kind is str:
-        return bool(value.isascii())
-    if kind is int:
-        return bool(-_SMALL < value < _SMALL)
-    return value is None or kind is bool
+    return "".join(value).isascii()
 
 
 def _repaired(value: Any, depth: int) -> Any:

@@ -30,6 +30,7 @@ from batchstream.wire.responses import ResponsesAssembler
 from batchstream.wire.sse import MAX_EVENT_BYTES, Event, SSEDecoder
 
 MAX_BODY_BYTES = 512 << 20
+_RUNS = 2  # so often a read is searched for neighbours that differ in their text alone: the work stays linear
 State = Literal["complete", "truncated", "error"]
 
 _OBJECT = re.compile(r'\s*(?:\[\s*)?\{\s*"')  # the beginning of a JSON object with a key
@@ -231,27 +232,33 @@ class Reception:
         """Payloads of plain events of one read: each down the fast lane if it can, else in full."""
         assembler = self._assembler
         quick = assembler.quick
-        for payload in payloads:
-            if assembler.stencil is not None and (text := assembler.stencil.payload(payload)):
-                self._plain(text, 1, now)
-                continue
-            brought = quick(payload)
-            if brought == NOT_ORDINARY:
-                if payload == b"[DONE]":
-                    self._events += 1
-                    if self.first_event_at is None:
-                        self.first_event_at = now
-                    self._sentinel(now)
-                else:
-                    self._payload(Event("message", payload), now)
-                if self.final:
-                    return
-                continue
-            self._events += 1
-            if brought:
-                self._output(brought, now)
-            elif self.first_event_at is None:
-                self.first_event_at = now
+        place, runs = 0, 0
+        while place < len(payloads):
+            stencil = assembler.stencil
+            if stencil is not None and runs < _RUNS:
+                runs += 1
+                text, count = stencil.run(payloads[place:])
+                if count:
+                    self._plain(text, count, now)
+                    place += count
+                    continue
+            payload = payloads[place]
+            place += 1
+            if payload == b"[DONE]":
+                self._events += 1
+                if self.first_event_at is None:
+                    self.first_event_at = now
+                self._sentinel(now)
+            elif (brought := quick(payload)) == NOT_ORDINARY:
+                self._payload(Event("message", payload), now)
+            else:
+                self._events += 1
+                if brought:
+                    self._output(brought, now)
+                elif self.first_event_at is None:
+                    self.first_event_at = now
+            if self.final:
+                return
         if self._received > self._max_body:
             self._too_large(now)
 

@@ -20,47 +20,60 @@ _string = msgspec.json.Decoder(str).decode
 class Stencil:
     """`before` and `behind`: the bytes of a payload around its text."""
 
-    __slots__ = ("_around", "_before", "_behind", "_head", "_joint", "_tail")
+    __slots__ = ("_before", "_behind", "_event_joint", "_head", "_joint", "_tail")
 
     def __init__(self, before: bytes, behind: bytes) -> None:
         self._before = before
         self._behind = behind
-        self._around = len(before) + len(behind)
+        self._joint = behind + b"\n" + before
         self._head = b"data: " + before
         self._tail = behind + b"\n\n"
-        self._joint = self._tail + self._head
-
-    def payload(self, payload: bytes) -> str:
-        """The text of one payload, "" where it is none of this stencil (or has no text)."""
-        if len(payload) > self._around and payload.startswith(self._before) and payload.endswith(self._behind):
-            text = payload[len(self._before) : -len(self._behind)]
-            try:
-                return text.decode() if _special(text) is None else _string(b'"%b"' % text)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                pass
-        return ""
+        self._event_joint = self._tail + self._head
 
     def read(self, data: bytes) -> tuple[str, int] | None:
         """The text of `data` and the number of its events, where it is whole events of this stencil and none of
         them is without text. None for anything else."""
-        if len(data) < len(self._joint) or not data.startswith(self._head) or not data.endswith(self._tail):
+        head, tail = self._head, self._tail
+        if len(data) < len(self._event_joint) or not data.startswith(head) or not data.endswith(tail):
             return None
-        middle = data[len(self._head) : -len(self._tail)]
-        pieces = [middle]
-        if _special(middle) is not None:
-            pieces = middle.split(self._joint)
-            middle = b"".join(pieces)
-        if not all(pieces):
-            return None
-        try:
-            if _special(middle) is not None:
-                return "".join([_string(b'"%b"' % piece) for piece in pieces]), len(pieces)
-            if middle.isascii() or len(pieces) == 1:
-                return middle.decode(), len(pieces)
-            # Each on its own: a character that is cut by the end of an event is damaged, not continued.
-            return "".join([piece.decode() for piece in pieces]), len(pieces)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return None
+        middle = data[len(head) : -len(tail)]
+        pieces = [middle] if _special(middle) is None else middle.split(self._event_joint)
+        text, count = _texts(pieces)
+        return (text, count) if count == len(pieces) else None
+
+    def run(self, payloads: list[bytes]) -> tuple[str, int]:
+        """The text of the first of `payloads`, as many as are of this stencil and have text, and their number.
+        None of them holds a newline."""
+        joined = b"\n".join(payloads)
+        if not joined.startswith(self._before):
+            return "", 0
+        pieces = joined[len(self._before) :].split(self._joint)
+        # Behind the last text is the rest of its payload, and perhaps payloads of another form.
+        last = pieces[-1]
+        end = last.find(self._behind)
+        if end < 0 or last[end + len(self._behind) :][:1] not in (b"", b"\n"):
+            pieces.pop()
+        else:
+            pieces[-1] = last[:end]
+        return _texts(pieces)
+
+
+def _texts(pieces: list[bytes]) -> tuple[str, int]:
+    """The insides of JSON strings as one text, up to the first that is none or is empty; and how many they are."""
+    middle = b"".join(pieces)
+    if _special(middle) is None and middle.isascii() and all(pieces):
+        return middle.decode(), len(pieces)
+    texts = []
+    try:
+        # Each on its own: a character that is cut by the end of an event is damaged, not continued.
+        for piece in pieces:
+            text = _string(b'"%b"' % piece)
+            if not text:
+                break
+            texts.append(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    return "".join(texts), len(texts)
 
 
 def learn(payload: bytes, key: bytes, text: str) -> Stencil | None:

@@ -10,6 +10,9 @@ from typing import Any
 
 from batchstream.records import Usage
 
+_ORDINARY = {
+    "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details",
+}  # fmt: skip
 _MOST = 10**15  # a count beyond this is nonsense
 
 
@@ -43,10 +46,14 @@ def normalise_usage(raw: dict[str, Any]) -> Usage:
     Anthropic's `input_tokens` leave out what was read from its cache (`cached_tokens` here); OpenAI's
     `prompt_tokens` contain it. The counts are passed on as they were sent.
     """
-    if len(raw) == 3:
-        counts = raw.get("prompt_tokens"), raw.get("completion_tokens"), raw.get("total_tokens")
-        if all(type(count) is int and 0 < count <= _MOST for count in counts):
-            return Usage(*counts)  # as nearly every endpoint says it
+    if raw.keys() <= _ORDINARY:
+        prompt, completion, total = raw.get("prompt_tokens"), raw.get("completion_tokens"), raw.get("total_tokens")
+        if type(prompt) is int and type(completion) is int and type(total) is int and 0 < total <= _MOST:
+            if 0 <= prompt <= _MOST and 0 <= completion <= _MOST:
+                cached = _details(raw, "cached_tokens", "prompt_tokens_details")
+                return Usage(
+                    prompt, completion, total, cached, _details(raw, "reasoning_tokens", "completion_tokens_details")
+                )
     prompt = _first(raw, "prompt_tokens", "input_tokens")
     completion = _first(raw, "completion_tokens", "output_tokens")
     cached = _details(raw, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
@@ -81,6 +88,6 @@ def _details(raw: dict[str, Any], name: str, *holders: str) -> int | None:
 
 def _count(value: Any) -> int | None:
     """A number of tokens, or None for anything that cannot be one. Floats are rounded down."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | float)):
         return None
     return int(value) if 0 <= value <= _MOST else None  # NaN and infinities fail the comparison
