@@ -21,6 +21,7 @@ from batchstream.engine.store import Store
 from batchstream.files.journal import GroupSync, JournalDir
 from batchstream.job import Job
 from batchstream.net.deadlines import Limits
+from batchstream.net.exchange import Traffic
 from batchstream.net.transport import Transport
 from batchstream.policy.breaker import Breaker
 from batchstream.policy.limits import Lane
@@ -117,7 +118,7 @@ async def run_shard(
     stop: Stop | None = None
     clean = False
     try:
-        async with transport_for(job) as transport:
+        async with transport_for(job, progress.traffic) as transport:
             client = Client(transport, target, limits_of(job))
             runner = runner_for(job, client, store, progress, rpm, hooks.on_failure)
             control.bind(runner)
@@ -129,8 +130,9 @@ async def run_shard(
     return stop
 
 
-def transport_for(job: Job) -> Transport:
-    return Transport(connect_timeout=job.connect_timeout, ca_file=job.ca_file, trust_env=job.trust_env)
+def transport_for(job: Job, traffic: Traffic | None = None) -> Transport:
+    timeout = job.connect_timeout
+    return Transport(connect_timeout=timeout, ca_file=job.ca_file, trust_env=job.trust_env, traffic=traffic)
 
 
 def limits_of(job: Job) -> Limits:

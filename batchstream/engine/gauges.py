@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from batchstream.figures.evidence import Evidence
+from batchstream.net.exchange import Traffic
 
 PROBE_S = 0.02
 """A probe this often costs under 0.1 % of a core and catches any stall of the loop longer than itself."""
@@ -23,7 +24,7 @@ _KEEP = 200_000  # probes, over an hour; beyond it every second one is dropped a
 
 
 class Gauges:
-    """Start on the loop that serves the streams; `evidence()` at any time. `gc_*` need no loop."""
+    """Start on the loop that serves the streams; `evidence(traffic)` at any time. `gc_*` need no loop."""
 
     def __init__(self) -> None:
         self._lags = array("d")
@@ -50,7 +51,7 @@ class Gauges:
         if self._on_gc in gc.callbacks:
             gc.callbacks.remove(self._on_gc)
 
-    def evidence(self) -> Evidence:
+    def evidence(self, traffic: Traffic) -> Evidence:
         elapsed = time.monotonic() - self._began
         cpu = _cpu() - self._cpu_began
         lags = sorted(self._lags)
@@ -62,6 +63,11 @@ class Gauges:
             cpu_share=cpu / elapsed if elapsed > 0 else None,
             gc_pause_total_s=self._gc_total,
             gc_pause_max_s=self._gc_max,
+            reads=traffic.reads,
+            events=traffic.events,
+            connections=traffic.connections,
+            connection_wait_mean_s=traffic.opening_s / traffic.connections if traffic.connections else None,
+            connection_wait_max_s=traffic.opening_max_s if traffic.connections else None,
         )
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from batchstream.net.exchange import Traffic
+
 RECENT = 2000
 """How many of the newest TTFTs the display's percentiles look back over."""
 
@@ -23,12 +25,12 @@ class Progress:
     `tokens`: completion tokens the endpoint reported, failed attempts included;
     `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
-    `message`: one line on what binds the run now, "" for nothing.
+    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing.
     """
 
     __slots__ = (
         "done", "failed", "failures", "gate_until", "in_flight", "message", "ok", "requests", "resumed", "retries",
-        "retry_kinds", "started", "tokens", "total", "ttft", "waiting",
+        "retry_kinds", "started", "tokens", "total", "traffic", "ttft", "waiting",
     )  # fmt: skip
 
     def __init__(self, started: float, total: int | None = None, resumed: int = 0) -> None:
@@ -47,4 +49,5 @@ class Progress:
         self.retry_kinds: Counter[str] = Counter()
         self.ttft: deque[float] = deque(maxlen=RECENT)
         self.gate_until: float | None = None
+        self.traffic = Traffic()
         self.message = ""

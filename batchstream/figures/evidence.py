@@ -38,7 +38,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `loop_lag_*_s`: how late the event loop woke up, in seconds, over regular samples; `cpu_s`: CPU seconds of all
     workers; `cpu_share`: of one core, the busiest worker; `gc_pause_*_s`: seconds in the garbage collector;
-    `reads`, `events`: reads from sockets and data events they brought; `schedule_slip_p99_s`: due → sent of a fixed
+    `reads`, `events`: reads from sockets and data events they brought; `connections`: how many were opened while
+    requests waited for them (which is before `sent`, and so in no latency but `queue_s`), `connection_wait_*_s`: how
+    long they waited, in seconds; `schedule_slip_p99_s`: due → sent of a fixed
     schedule (bench); `elapsed_s`: wall seconds over which all this was measured.
     """
 
@@ -52,6 +54,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     gc_pause_max_s: float | None = None
     reads: int | None = None
     events: int | None = None
+    connections: int | None = None
+    connection_wait_mean_s: float | None = None
+    connection_wait_max_s: float | None = None
     schedule_slip_p99_s: float | None = None
 
 
@@ -71,7 +76,7 @@ def verdict(evidence: Evidence, typical_ttft_s: float | None = None) -> tuple[Ve
     judge(
         evidence.loop_lag_p99_s,
         max(LOOP_LAG_P99_MAX_S, ERROR_SHARE * (typical_ttft_s or 0.0)),
-        "event loop {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): use fewer streams",
+        "event loop {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): use more workers or fewer streams",
     )
     stall = "{what} of {{seen_ms:.0f}} ms (limit {{limit_ms:.0f}} ms): maxima and p99.9 may be the client's; {cure}"
     judge(
@@ -82,18 +87,18 @@ def verdict(evidence: Evidence, typical_ttft_s: float | None = None) -> tuple[Ve
     judge(
         evidence.gc_pause_max_s,
         STALL_MAX_S,
-        stall.format(what="garbage-collection pause", cure="use fewer streams"),
+        stall.format(what="garbage-collection pause", cure="use more workers or fewer streams"),
     )
     judge(
         evidence.cpu_share,
         CPU_SHARE_MAX,
-        "client used {seen:.0%} of a core (limit {limit:.0%}): use fewer streams",
+        "client used {seen:.0%} of a core (limit {limit:.0%}): use more workers or fewer streams",
     )
     if evidence.gc_pause_total_s is not None and evidence.elapsed_s > 0:
         judge(
             evidence.gc_pause_total_s / evidence.elapsed_s,
             GC_SHARE_MAX,
-            "{seen:.1%} of the run went into garbage collection (limit {limit:.0%}): use fewer streams",
+            "{seen:.1%} of the run went into garbage collection (limit {limit:.0%}): use more workers or fewer streams",
         )
     judge(
         evidence.schedule_slip_p99_s,

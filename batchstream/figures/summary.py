@@ -12,6 +12,7 @@ Rules of counting, so that nothing looks better than it was:
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from datetime import datetime
 from typing import Any
@@ -31,6 +32,9 @@ METRICS = tuple(name for name in DEFINITIONS if name != "ttfc_s")
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 """Field of `Distribution` → quantile."""
+
+_metrics_of = operator.attrgetter(*METRICS)
+_GATHERED = 1024
 
 INVALID = "invalid_row"
 """The failure kind of rows for which nothing was sent."""
@@ -225,13 +229,13 @@ class Tally:
         self.empty = self.one_event = 0
         self.tokens = TokenSums()
         self.failed_attempt_tokens = TokenSums()
-        self.durations = {name: Sample() for name in METRICS}
+        self._durations = {name: Sample() for name in METRICS}
+        self._waiting: list[tuple[float | None, ...]] = []  # durations of rows that are not in the samples yet
         self.new_rows = self.new_ok = self.new_completion_tokens = self.new_total_tokens = 0
         self._since = None if since is None else datetime.fromisoformat(since)
         if self._since is not None and self._since.tzinfo is None:
             raise ValueError(f"expected a time with its offset, such as 2025-03-01T10:00:00Z, got {since!r}")
         self._decode = msgspec.json.Decoder(_Row).decode
-        self._adders = [(name, sample.add) for name, sample in self.durations.items()]
 
     def add(self, result: bytes) -> Usage | None:
         """Count one result, given as its JSON object; its usage. Raises msgspec.DecodeError for anything else."""
@@ -257,14 +261,27 @@ class Tally:
             self._new(row)
         return row.usage
 
+    @property
+    def durations(self) -> dict[str, Sample]:
+        """The sample of each duration, over the answered rows."""
+        self._gather()
+        return self._durations
+
+    def _gather(self) -> None:
+        columns = zip(*self._waiting, strict=True)
+        for sample, column in zip(self._durations.values(), columns, strict=False):
+            sample.add_all(column)
+        self._waiting.clear()
+
     def _answered(self, row: _Row) -> None:
         self.ok += 1
         self.models[row.model] += 1
         self.finish_reasons[row.finish_reason] += 1
         self.tokens.add(row.usage)
         timing, usage = row.timing, row.usage
-        for name, add in self._adders:
-            add(getattr(timing, name))
+        self._waiting.append(_metrics_of(timing))
+        if len(self._waiting) >= _GATHERED:
+            self._gather()
         if timing.chunks == 1 and usage is not None and (usage.completion_tokens or 0) > 1:
             self.one_event += 1
         said = row.text or row.reasoning or row.refusal or row.tool_calls

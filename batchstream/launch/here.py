@@ -123,7 +123,7 @@ class _Run:
                         serving.seconds = time.monotonic() - began
                 finally:
                     gauges.stop()
-                    serving.evidence = gauges.evidence()
+                    serving.evidence = gauges.evidence(progress.traffic)
         finally:
             counting.cancel()
             serving.over = True

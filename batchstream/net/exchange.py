@@ -16,24 +16,48 @@ GRACE_S = 0.1
 """How long the end of a message is awaited once the answer in it is complete."""
 
 
+class Traffic:
+    """What went over the wire so far. `reads`: reads from sockets that brought a part of a response; `events`: data
+    events in them; `connections`: how many were opened for requests, `opening_s` the seconds that took together,
+    `opening_max_s` the longest: requests waited for them, before `sent`."""
+
+    __slots__ = ("connections", "events", "opening_max_s", "opening_s", "reads")
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.events = 0
+        self.connections = 0
+        self.opening_s = 0.0
+        self.opening_max_s = 0.0
+
+    def opened(self, seconds: float) -> None:
+        self.connections += 1
+        self.opening_s += seconds
+        self.opening_max_s = max(self.opening_max_s, seconds)
+
+
 class Exchange:
     """`depart` is called when everything is ready, just before the request is written (what it raises keeps the request
-    from leaving); `sent`: when writing began, None until then. `settled`: the fast path's future. `broken`: why no
-    response came, `garbage`: what came instead of HTTP; `expired`: which limit was passed."""
+    from leaving); `sent`: when writing began, None until then. `settled`: the fast path's future, `task`: the public
+    path's task; one of them is there for the sweeper to end. `broken`: why no response came, `garbage`: what came instead
+    of HTTP; `expired`: which limit was passed; `reads`: how many brought a part of the response."""
 
-    __slots__ = ("broken", "depart", "expired", "garbage", "limits", "reception", "redirect", "sent", "settled", "task")
+    __slots__ = (
+        "broken", "depart", "expired", "garbage", "limits", "reads", "reception", "redirect", "sent", "settled", "task",
+    )  # fmt: skip
 
     def __init__(self, reception: Reception, limits: Limits, depart: Callable[[], object] | None = None) -> None:
         self.reception = reception
         self.depart = depart
         self.limits = limits
+        self.reads = 0
         self.sent: float | None = None
         self.broken: str | None = None
         self.garbage: str | None = None
         self.redirect: Failure | None = None
         self.expired: str | None = None
         self.settled: asyncio.Future[None] | None = None
-        self.task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.task: asyncio.Task[Any] | None = None
 
     def sweep(self, now: float) -> None:
         """End the exchange if one of its limits is passed, or if only the end of the message is missing."""

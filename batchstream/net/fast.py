@@ -25,7 +25,7 @@ import aiohttp
 import yarl
 
 from batchstream.net import aiohttp_private
-from batchstream.net.exchange import Exchange, redirect
+from batchstream.net.exchange import Exchange, Traffic, redirect
 from batchstream.records import Failure
 from batchstream.wire.http1 import ResponseFramer
 
@@ -74,6 +74,7 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
                 self.close()  # bytes that nobody asked for
             return
         reception = exchange.reception
+        exchange.reads += 1
         body = framer.feed(data)
         if reception.status is None and framer.status is not None:
             exchange.redirect = redirect(framer.status, framer.headers)
@@ -114,10 +115,43 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
             self._settled.set_result(None)
 
 
+class _Spare:
+    """Connections of one origin between two requests: the last to come is the first to go. Those that lie here longer
+    than a sweep go back to the connector's pool, which knows when to close them; a trip through the pool costs
+    as much as framing a response."""
+
+    __slots__ = ("_connections", "_untouched")
+
+    def __init__(self) -> None:
+        self._connections: list[aiohttp_private.Connection] = []
+        self._untouched = 0  # so many, from the bottom, have not been taken since the last sweep
+
+    def put(self, connection: aiohttp_private.Connection) -> None:
+        self._connections.append(connection)
+
+    def take(self) -> aiohttp_private.Connection | None:
+        if not self._connections:
+            return None
+        connection = self._connections.pop()
+        self._untouched = min(self._untouched, len(self._connections))
+        return connection
+
+    def idle(self) -> list[aiohttp_private.Connection]:
+        idle = self._connections[: self._untouched]
+        del self._connections[: self._untouched]
+        self._untouched = len(self._connections)
+        return idle
+
+    def take_all(self) -> list[aiohttp_private.Connection]:
+        self._untouched = len(self._connections)
+        return self.idle()
+
+
 class FastPath:
     """Requests over `StreamProtocol` connections of one aiohttp connector; made on a running loop."""
 
-    def __init__(self, tls: Any, timeout: aiohttp.ClientTimeout) -> None:
+    def __init__(self, tls: Any, timeout: aiohttp.ClientTimeout, traffic: Traffic) -> None:
+        self._traffic = traffic
         # Keep-alive of 15 s is aiohttp's default and shorter than what servers commonly allow.
         self._connector = aiohttp_private.connector_for(StreamProtocol, limit=0, ttl_dns_cache=300, ssl=tls)
         self._tls = tls
@@ -126,8 +160,12 @@ class FastPath:
         self._keeps: dict[aiohttp.ClientRequest, bool] = {}  # does the origin keep connections? absent: not known yet
         self._probation: dict[aiohttp_private.Connection, asyncio.TimerHandle] = {}
         self._heads: dict[yarl.URL, tuple[Mapping[str, str], bytes]] = {}
+        self._spare: dict[aiohttp.ClientRequest, _Spare] = {}
 
     async def close(self) -> None:
+        for spare in self._spare.values():
+            for connection in spare.take_all():
+                connection.release()
         for connection, handle in self._probation.items():
             handle.cancel()
             connection.close()
@@ -170,12 +208,26 @@ class FastPath:
 
     async def _connected(self, where: aiohttp.ClientRequest) -> aiohttp_private.Connection:
         """A connection that is alive as far as can be told. Raises aiohttp's errors."""
+        spare = self._spare.get(where)
+        while spare is not None and (kept := spare.take()) is not None:
+            if isinstance(kept.protocol, StreamProtocol) and not kept.protocol.ending():
+                return kept
+            kept.close()
         while True:
+            asked = _now()
             connection = await aiohttp_private.connect(self._connector, where, self._timeout)
             protocol = connection.protocol
             if isinstance(protocol, StreamProtocol) and not (protocol.used and protocol.ending()):
+                if not protocol.used:
+                    self._traffic.opened(_now() - asked)
                 return connection
             connection.close()
+
+    def sweep(self) -> None:
+        """Give back to the connector's pool what no request has needed since the last sweep."""
+        for spare in self._spare.values():
+            for connection in spare.idle():
+                connection.release()
 
     def _give_back(self, where: aiohttp.ClientRequest, connection: aiohttp_private.Connection) -> None:
         keeps = self._keeps.get(where)
@@ -183,7 +235,7 @@ class FastPath:
             loop = asyncio.get_running_loop()
             self._probation[connection] = loop.call_later(PROBATION_S, self._judge, where, connection)
         elif keeps:
-            connection.release()
+            self._spare.setdefault(where, _Spare()).put(connection)
         else:
             connection.close()
 

@@ -26,7 +26,7 @@ import yarl
 from batchstream.errors import InputError
 from batchstream.net import aiohttp_private
 from batchstream.net.deadlines import SWEEP_S, Limits
-from batchstream.net.exchange import GRACE_S, Exchange, redirect
+from batchstream.net.exchange import GRACE_S, Exchange, Traffic, redirect
 from batchstream.net.fast import FastPath
 from batchstream.records import Failure
 from batchstream.wire.http1 import MAX_HEAD
@@ -37,6 +37,7 @@ class Transport:
     """An HTTP client for streamed responses; use as an async context manager, on one event loop.
 
     `ca_file` names a PEM file of authorities to trust instead of the system's; `path` forces one of the two ways.
+    `traffic` counts what goes over the wire.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Transport:
         ca_file: str | None = None,
         trust_env: bool = False,
         path: Literal["auto", "fast", "public"] = "auto",
+        traffic: Traffic | None = None,
     ) -> None:
+        self.traffic = traffic or Traffic()
         self._tls: ssl.SSLContext | bool = _tls_context(ca_file) if ca_file else True
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout, sock_connect=connect_timeout)
         self._trust_env = trust_env
@@ -59,7 +62,7 @@ class Transport:
 
     async def __aenter__(self) -> Transport:
         if self._use_fast:
-            self._fast = FastPath(self._tls, self._timeout)
+            self._fast = FastPath(self._tls, self._timeout, self.traffic)
         else:
             self._session = self._public_session()
         self._sweep()
@@ -97,15 +100,16 @@ class Transport:
             else:
                 failure = await self._public(exchange, url, headers, body)
         except asyncio.CancelledError:
-            if exchange.expired is None:
+            if exchange.expired is None or exchange.task is None:
                 raise
-            if exchange.task is not None:
-                exchange.task.uncancel()
+            exchange.task.uncancel()
             failure = None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = self._broken(exchange, error)
         finally:
             self._live.discard(exchange)
+            self.traffic.reads += exchange.reads
+            self.traffic.events += reception.events
         if exchange.expired is not None:
             reception.end(False, time.monotonic(), exchange.expired)
             if reception.state != "complete":  # an answer that was whole is one, however long its end took
@@ -119,6 +123,7 @@ class Transport:
         """The same over aiohttp's public interface. Stamps are those of the reading coroutine."""
         assert self._session is not None  # noqa: S101  (made on entry)
         reception = exchange.reception
+        exchange.task = asyncio.current_task()
         if exchange.depart is not None:
             exchange.depart()
         payload = _StampedBody(body, exchange)
@@ -129,6 +134,7 @@ class Transport:
             reception.head(response.status, answer, time.monotonic())
             read = response.content.readany
             while data := await read():
+                exchange.reads += 1
                 if reception.feed(data, time.monotonic()):
                     await _rest_of(response)
                     return None
@@ -136,7 +142,11 @@ class Transport:
         return None
 
     def _public_session(self) -> aiohttp.ClientSession:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_start.append(self._opening)
+        trace.on_connection_create_end.append(self._opened)
         return aiohttp.ClientSession(
+            trace_configs=[trace],
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, ssl=self._tls),
             timeout=self._timeout,
             trust_env=self._trust_env,
@@ -147,6 +157,12 @@ class Transport:
             max_line_size=MAX_HEAD,
             max_field_size=MAX_HEAD,
         )
+
+    async def _opening(self, session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+        context.began = time.monotonic()
+
+    async def _opened(self, session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+        self.traffic.opened(time.monotonic() - context.began)
 
     def _broken(self, exchange: Exchange, error: Exception) -> Failure | None:
         """A connection that failed: the reception's own matter once a response has begun."""
@@ -160,6 +176,8 @@ class Transport:
         now = time.monotonic()
         for exchange in tuple(self._live):
             exchange.sweep(now)
+        if self._fast is not None:
+            self._fast.sweep()
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
+from batchstream.figures.evidence import Evidence
 from batchstream.figures.percentiles import needed_for
 from batchstream.figures.summary import PERCENTILES, Distribution, Summary, TokenSums
 
@@ -151,14 +152,33 @@ def _speed(summary: Summary) -> str | None:
 
 
 def _closing(summary: Summary) -> Iterator[tuple[str, list[str]]]:
+    seen = _seen(summary.evidence) if summary.evidence is not None else []
     if summary.verdict == "trusted":
-        yield "Client", ["trusted: the figures are the endpoint's, not this machine's"]
+        yield "Client", ["trusted: the figures are the endpoint's, not this machine's", *seen]
     elif summary.verdict is not None:
-        yield "Client", [f"degraded: {summary.verdict_reasons[0]}", *summary.verdict_reasons[1:]]
+        yield "Client", [f"degraded: {summary.verdict_reasons[0]}", *summary.verdict_reasons[1:], *seen]
     if summary.run.output and not summary.run.pending and summary.run.stop is None:
         yield "Results", [clean(summary.run.output).replace(" ", _HOLD)]
     if summary.run.journal:
         yield "Journal", [clean(summary.run.journal).replace(" ", _HOLD)]
+
+
+def _seen(evidence: Evidence) -> list[str]:
+    """What the client saw of itself, on one line."""
+    told = []
+    if evidence.loop_lag_p99_s is not None:
+        told.append(f"loop {evidence.loop_lag_p99_s * 1e3:.1f} ms late at p99")
+    if evidence.cpu_share is not None:
+        told.append(f"{evidence.cpu_share:.0%} of a core")
+    if evidence.gc_pause_max_s:
+        told.append(f"longest garbage collection {evidence.gc_pause_max_s * 1e3:.1f} ms")
+    if evidence.reads and evidence.events is not None:
+        told.append(f"{evidence.events / evidence.reads:.1f} events a read")
+    if evidence.connections and evidence.connection_wait_max_s is not None:
+        told.append(
+            f"{evidence.connections:,} connections (longest wait {evidence.connection_wait_max_s * 1e3:.1f} ms)"
+        )
+    return [_listed(told)] if told else []
 
 
 class _Table:

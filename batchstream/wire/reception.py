@@ -57,9 +57,9 @@ class Reception:
 
     Instants are what `now` said, in seconds, or None: `headers_at`, `first_event_at` (first data event),
     `first_output_at` (first with generated output), `first_visible_at` (first with output that is not reasoning),
-    `last_output_at`, `ended_at`. `chunks` counts events with generated output, `gap_max` is the longest wait
-    between two of them. `ttft_event` and `ttfo_event` are the 1-based ordinals of the first events with output
-    and with visible output. `final` means that nothing more needs to be read. `state` is None until then.
+    `last_output_at`, `ended_at`. `events` counts data events, `chunks` those with generated output, `gap_max` is the
+    longest wait between two of them. `ttft_event` and `ttfo_event` are the 1-based ordinals of the first events with
+    output and with visible output. `final` means that nothing more needs to be read. `state` is None until then.
 
     `lane="full"` keeps the fast lane shut (for tests); results are the same.
     """
@@ -80,6 +80,7 @@ class Reception:
         self.first_visible_at: float | None = None
         self.last_output_at: float | None = None
         self.ended_at: float | None = None
+        self.events = 0
         self.chunks = 0
         self.gap_max: float | None = None
         self.ttft_event: int | None = None
@@ -100,7 +101,6 @@ class Reception:
         self._max_body = max_body_bytes
         self._coding: ContentDecoder | None = None
         self._received = 0  # decoded bytes
-        self._events = 0  # payloads so far
         self._refusal: Refusal | None = None  # the status is not 2xx
         self._malformed = False  # the body begins with a brace and is no JSON
         self._lost = ""  # a cut payload, while it is seen whether an error follows that explains it
@@ -219,7 +219,7 @@ class Reception:
     def _plain(self, text: str, events: int, now: float) -> None:
         """Events of one read that all brought text, and others did before."""
         self._assembler.plain(text)
-        self._events += events
+        self.events += events
         gap = now - self.last_output_at if self.last_output_at is not None else 0.0
         if self.gap_max is None or gap > self.gap_max:
             self.gap_max = gap
@@ -245,14 +245,14 @@ class Reception:
             payload = payloads[place]
             place += 1
             if payload == b"[DONE]":
-                self._events += 1
+                self.events += 1
                 if self.first_event_at is None:
                     self.first_event_at = now
                 self._sentinel(now)
             elif (brought := quick(payload)) == NOT_ORDINARY:
                 self._payload(Event("message", payload), now)
             else:
-                self._events += 1
+                self.events += 1
                 if brought:
                     self._output(brought, now)
                 elif self.first_event_at is None:
@@ -268,7 +268,7 @@ class Reception:
             if self._fast and event.origin == "data" and event.type != "error":
                 brought = self._assembler.quick(event.data)
                 if brought != NOT_ORDINARY:
-                    self._events += 1
+                    self.events += 1
                     if brought:
                         self._output(brought, now)
                     elif self.first_event_at is None:
@@ -286,7 +286,7 @@ class Reception:
         last = self.last_output_at
         if last is None:
             self.first_output_at = now
-            self.ttft_event = self._events
+            self.ttft_event = self.events
             if self.first_event_at is None:
                 self.first_event_at = now
         elif self.gap_max is None or now - last > self.gap_max:
@@ -295,7 +295,7 @@ class Reception:
         self.chunks += 1
         if brought == VISIBLE and self.first_visible_at is None:
             self.first_visible_at = now
-            self.ttfo_event = self._events
+            self.ttfo_event = self.events
 
     # Events to meaning
 
@@ -321,7 +321,7 @@ class Reception:
 
     def _no_document(self, event: Event, now: float, *, pending: bool) -> None:
         """Noise, unless it stands where an error does."""
-        self._events += event.origin == "data"
+        self.events += event.origin == "data"
         if event.origin == "error":
             text = text_of(event.data)
             self._fault({"error": _value(text)}, text, now)
@@ -330,7 +330,7 @@ class Reception:
 
     def _documents(self, found: list[Any], event: Event, now: float) -> None:
         for document in found:
-            self._events += event.origin == "data"
+            self.events += event.origin == "data"
             if document is SENTINEL:
                 self._sentinel(now)
             elif event.origin == "error":
@@ -352,7 +352,7 @@ class Reception:
             brought = assembler.add(document, name)
             if not is_data and brought and not assembler.was_whole:
                 is_data = True  # a delta without `data:` counts as an event
-                self._events += 1
+                self.events += 1
                 if self.first_event_at is None:
                     self.first_event_at = now
             if brought and is_data:
@@ -363,7 +363,7 @@ class Reception:
             self._fault(document, "", now)
         elif assembler.error is not None:
             self._fault(assembler.error, "", now)
-        elif assembler.ended or (not is_data and not self._events and assembler.was_whole and assembler.finished()):
+        elif assembler.ended or (not is_data and not self.events and assembler.was_whole and assembler.finished()):
             self._finish("complete", None, now)
 
     def _sentinel(self, now: float) -> None:
@@ -387,7 +387,7 @@ class Reception:
         self._documents(before, event, now)
         if self.final:
             return
-        self._events += event.origin == "data"
+        self.events += event.origin == "data"
         if pending:
             self._malformed |= event.origin == "document" and not is_cut(text)
         elif event.type == "error" and event.origin == "data":
@@ -417,7 +417,7 @@ class Reception:
         """The body ended without any choice."""
         if self._malformed:
             kind, message = "decode", "the body begins like JSON and is none"
-        elif self._sse.junk and not self._events:
+        elif self._sse.junk and not self.events:
             kind, message = "not_sse", "the body is no event stream and no completion"
         else:
             kind, message = "empty_stream", "the response held no choice"

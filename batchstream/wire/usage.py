@@ -48,12 +48,14 @@ def normalise_usage(raw: dict[str, Any]) -> Usage:
     """
     if raw.keys() <= _ORDINARY:
         prompt, completion, total = raw.get("prompt_tokens"), raw.get("completion_tokens"), raw.get("total_tokens")
-        if type(prompt) is int and type(completion) is int and type(total) is int and 0 < total <= _MOST:
-            if 0 <= prompt <= _MOST and 0 <= completion <= _MOST:
-                cached = _details(raw, "cached_tokens", "prompt_tokens_details")
-                return Usage(
-                    prompt, completion, total, cached, _details(raw, "reasoning_tokens", "completion_tokens_details")
-                )
+        if (
+            (type(prompt) is int and 0 <= prompt <= _MOST)
+            and (type(completion) is int and 0 <= completion <= _MOST)
+            and (type(total) is int and 0 < total <= _MOST)
+        ):
+            cached = _details(raw, "cached_tokens", "prompt_tokens_details")
+            reasoning = _details(raw, "reasoning_tokens", "completion_tokens_details")
+            return Usage(prompt, completion, total, cached, reasoning)
     prompt = _first(raw, "prompt_tokens", "input_tokens")
     completion = _first(raw, "completion_tokens", "output_tokens")
     cached = _details(raw, "cached_tokens", "prompt_tokens_details", "input_tokens_details")

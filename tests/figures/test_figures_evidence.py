@@ -40,13 +40,14 @@ def test_a_client_within_all_limits_is_trusted():
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("loop_lag_p99_s", 0.0042, "event loop 4.2 ms late at p99 (limit 2 ms): use fewer streams"),
+        ("loop_lag_p99_s", 0.0042, "event loop 4.2 ms late at p99 (limit 2 ms): use more workers or fewer streams"),
         ("loop_lag_max_s", 0.25, "event-loop stall of 250 ms (limit 100 ms): maxima and p99.9 may be the client's; "
                                  "look for other load on this machine"),
         ("gc_pause_max_s", 0.12, "garbage-collection pause of 120 ms (limit 100 ms): maxima and p99.9 may be the "
-                                 "client's; use fewer streams"),
-        ("cpu_share", 0.97, "client used 97% of a core (limit 85%): use fewer streams"),
-        ("gc_pause_total_s", 2.5, "2.5% of the run went into garbage collection (limit 1%): use fewer streams"),
+                                 "client's; use more workers or fewer streams"),
+        ("cpu_share", 0.97, "client used 97% of a core (limit 85%): use more workers or fewer streams"),
+        ("gc_pause_total_s", 2.5, "2.5% of the run went into garbage collection (limit 1%): use more workers or "
+                                   "fewer streams"),
         ("schedule_slip_p99_s", 0.05, "requests left 50.0 ms late at p99 (limit 5 ms): lower the rate"),
     ],
 )  # fmt: skip

@@ -24,7 +24,8 @@ RUN = Run(
     resumed=40,
     asked_again=3,
 )
-DEGRADED = Evidence(elapsed_s=64.2, loop_lag_p99_s=0.0094, loop_lag_max_s=0.32, cpu_share=0.3)
+DEGRADED = Evidence(elapsed_s=64.2, loop_lag_p99_s=0.0094, loop_lag_max_s=0.32, cpu_share=0.3,
+                    reads=1200, events=2400, connections=64, connection_wait_max_s=0.0031)  # fmt: skip
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -106,10 +107,12 @@ tpot      (latency − TTFT) / (completion tokens − 1); none without usage
 gap_max   longest gap between two events with output (events, not tokens)
 queue     due (allowed to start) → sent
 
-Client    degraded: event loop 9.4 ms late at p99 (limit 3 ms): use fewer
-          streams
+Client    degraded: event loop 9.4 ms late at p99 (limit 3 ms): use more workers
+          or fewer streams
           event-loop stall of 320 ms (limit 100 ms): maxima and p99.9 may be the
           client's; look for other load on this machine
+          loop 9.4 ms late at p99 · 30% of a core · 2.0 events a read ·
+          64 connections (longest wait 3.1 ms)
 Journal   out/answers of today.jsonl.journal
 """
 
