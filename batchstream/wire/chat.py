@@ -165,7 +165,9 @@ class ChoicesAssembler:
                     self._emit(0, "content", content)
                 elif self.stencil is None and self._sought < _TRIES and not (choice.finish_reason or chunk.usage):
                     self._sought += 1
-                    self.stencil = learn(payload, b'"text"' if delta is None else b'"content"', content)
+                    self.stencil = learn(
+                        payload, b'"text"' if delta is None else b'"content"', content, slot.content.append
+                    )
                 return VISIBLE
         if reasoning and delta is not None:
             slot.reasoning.append("reasoning_content" if delta.reasoning_content else "reasoning", reasoning)
@@ -194,10 +196,6 @@ class ChoicesAssembler:
             if value is not None and extra.get(name) != value:
                 extra[name] = value
                 self.stencil = None
-
-    def plain(self, text: str) -> None:
-        self.was_whole = False
-        (self._first or self._slot(0)).content.append(text)
 
     # The full lane
 

@@ -104,9 +104,6 @@ class MessagesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
 
-    def plain(self, text: str) -> None:
-        raise AssertionError("there is no stencil")
-
     def quick(self, payload: bytes) -> int:
         try:
             event = _decode(payload)

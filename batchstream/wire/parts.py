@@ -36,17 +36,13 @@ class Assembler(Protocol):
     `error` is the envelope of an error that ended the response, or None; `ended` turns True at the API's
     terminal event; `was_whole` tells whether the last payload was a whole answer rather than a delta.
     `stencil`: the form of events that bring text to choice 0 and nothing else, once it is known; what they bring
-    may be given to `plain` instead. It is taken back as soon as such events would bring more.
+    may be given to its `take` instead. It is taken back as soon as such events would bring more.
     """
 
     error: Any
     ended: bool
     was_whole: bool
     stencil: Stencil | None
-
-    def plain(self, text: str) -> None:
-        """Take the text of events of the present `stencil`."""
-        ...
 
     def quick(self, payload: bytes) -> int:
         """Take `payload` if it is an ordinary delta: what it brought, or NOT_ORDINARY and nothing is changed."""

@@ -28,6 +28,7 @@ from batchstream.wire.payload import SENTINEL, DamagedError, documents
 from batchstream.wire.refusal import Refusal
 from batchstream.wire.responses import ResponsesAssembler
 from batchstream.wire.sse import MAX_EVENT_BYTES, Event, SSEDecoder
+from batchstream.wire.stencil import Stencil
 
 MAX_BODY_BYTES = 512 << 20
 _RUNS = 2  # so often a read is searched for neighbours that differ in their text alone: the work stays linear
@@ -137,12 +138,12 @@ class Reception:
             if not self._fast:
                 self._decoded(data, now)
                 return self.final
-            stencil = self._assembler.stencil
-            if stencil is not None and self._sse.idle() and (found := stencil.read(data)) is not None:
+            sse, stencil = self._sse, self._assembler.stencil
+            if stencil is not None and sse.between and not sse.partial and (found := stencil.read(data)) is not None:
                 self._received += len(data)
-                self._plain(*found, now)
+                self._texts(stencil, found, now)
                 return self.final
-            payloads = self._sse.ordinary(data)
+            payloads = sse.ordinary(data)
             if payloads is None:
                 self._decoded(data, now)
             else:
@@ -216,9 +217,10 @@ class Reception:
         elif self._received > self._max_body:
             self._too_large(now)
 
-    def _plain(self, text: str, events: int, now: float) -> None:
+    def _texts(self, stencil: Stencil, found: tuple[str, int], now: float) -> None:
         """Events of one read that all brought text, and others did before."""
-        self._assembler.plain(text)
+        text, events = found
+        stencil.take(text)
         self.events += events
         gap = now - self.last_output_at if self.last_output_at is not None else 0.0
         if self.gap_max is None or gap > self.gap_max:
@@ -237,10 +239,10 @@ class Reception:
             stencil = assembler.stencil
             if stencil is not None and runs < _RUNS:
                 runs += 1
-                text, count = stencil.run(payloads[place:])
-                if count:
-                    self._plain(text, count, now)
-                    place += count
+                found = stencil.run(payloads[place:])
+                if found[1]:
+                    self._texts(stencil, found, now)
+                    place += found[1]
                     continue
             payload = payloads[place]
             place += 1

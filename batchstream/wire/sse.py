@@ -45,7 +45,7 @@ class SSEDecoder:
 
     `retry` is the last reconnection time the stream stated, in milliseconds, or None. `overflow` turns
     True, and nothing more is decoded, when a pending event exceeds `max_event_bytes`. `junk` turns True when
-    a line was neither blank, comment nor field. `between`: nothing is pending but, perhaps, a part of a block's
+    a line was neither blank, comment nor field. `between`: nothing is pending but `partial`, a part of a block's
     first line.
     """
 
@@ -57,7 +57,7 @@ class SSEDecoder:
         self._max = max_event_bytes
         self._head: bytes | None = b""  # bytes that may be a byte order mark; None once decided
         self._after_cr = False
-        self._partial: list[bytes] = []  # the line whose end has not arrived
+        self.partial: list[bytes] = []  # the line whose end has not arrived
         self._partial_size = 0
         self._data: list[bytes] = []  # values of the data fields of the pending block
         self._data_size = 0
@@ -101,10 +101,10 @@ class SSEDecoder:
         elif not ended and b"\n" not in data and b"\r" not in data:
             self._keep_partial(data, events)
             return
-        if self._partial:
-            self._partial.append(data)
-            data = b"".join(self._partial)
-            self._partial.clear()
+        if self.partial:
+            self.partial.append(data)
+            data = b"".join(self.partial)
+            self.partial.clear()
             self._partial_size = 0
         lines = data.splitlines()
         tail = b"" if ended else lines.pop()
@@ -125,7 +125,7 @@ class SSEDecoder:
                 return None
             self._head = None  # the stream begins, and with no byte order mark
             self.between = True
-        partial = self._partial
+        partial = self.partial
         if partial:
             if b"\n" not in data:
                 return None
@@ -145,23 +145,19 @@ class SSEDecoder:
         if data.count(b"\n") != 2 * len(payloads):
             return None
         if partial or rest:
-            self._partial = [rest] if rest else []
+            self.partial = [rest] if rest else []
             self._partial_size = len(rest)
         return payloads
-
-    def idle(self) -> bool:
-        """The next byte begins a block."""
-        return self.between and not self._partial
 
     def end(self) -> list[Event]:
         """The pending block at the end of the stream, which the standard discards; nothing if there is none."""
         events: list[Event] = []
         if self._head:
-            self._partial.append(self._head)
+            self.partial.append(self._head)
         self._head = None
-        if self._partial:
-            line = b"".join(self._partial)
-            self._partial.clear()
+        if self.partial:
+            line = b"".join(self.partial)
+            self.partial.clear()
             self._lines([line], events)
         if self._scanner is not None:
             self._end_document(events)
@@ -267,7 +263,7 @@ class SSEDecoder:
         if data:
             self._after_document = False
             if data[:1] not in (b"{", b"[", b"\r", b"\n"):
-                self._partial.append(b":")
+                self.partial.append(b":")
         return data
 
     def _keep_partial(self, data: bytes, events: list[Event]) -> None:
@@ -275,29 +271,29 @@ class SSEDecoder:
         if self._documents:
             data = self._partial_document(data, events)
         if data:
-            self._partial.append(data)
+            self.partial.append(data)
             self._partial_size += len(data)
         if self._partial_size + self._data_size + self._pieces_size > self._max:
             self.overflow = True
 
     def _partial_document(self, data: bytes, events: list[Event]) -> bytes:
         if self._scanner is None:
-            if self._partial and self._partial != [b" "]:
+            if self.partial and self.partial != [b" "]:
                 return data
             if not data.strip(_BLANKS):
-                return b"" if self._partial else b" "  # blanks before a document, or before junk: one will do
+                return b"" if self.partial else b" "  # blanks before a document, or before junk: one will do
             if not _opens_document(data):
                 return data
-            self._partial.clear()
+            self.partial.clear()
             self._partial_size = 0
             self._dispatch(events)
             self._scanner = Scanner()
         elif not self._mid_line:
             # Whether this line goes on with the document shows in its first bytes, perhaps of several reads.
-            if self._partial and _FIELD.match(self._partial[0]):
+            if self.partial and _FIELD.match(self.partial[0]):
                 return data
-            data = b"".join((*self._partial, data))
-            self._partial.clear()
+            data = b"".join((*self.partial, data))
+            self.partial.clear()
             self._partial_size = 0
             if _FIELD.match(data) or any(name.startswith(data) for name in _FIELD_NAMES):
                 return data

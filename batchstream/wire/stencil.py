@@ -10,6 +10,7 @@ Why that holds is in `learn`. Whatever fits only nearly is left to the decoder.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import msgspec
 
@@ -18,11 +19,12 @@ _string = msgspec.json.Decoder(str).decode
 
 
 class Stencil:
-    """`before` and `behind`: the bytes of a payload around its text."""
+    """`before` and `behind`: the bytes of a payload around its text. `take` is where the texts go."""
 
-    __slots__ = ("_before", "_behind", "_event_joint", "_head", "_joint", "_tail")
+    __slots__ = ("_before", "_behind", "_event_joint", "_head", "_joint", "_tail", "take")
 
-    def __init__(self, before: bytes, behind: bytes) -> None:
+    def __init__(self, before: bytes, behind: bytes, take: Callable[[str], None]) -> None:
+        self.take = take
         self._before = before
         self._behind = behind
         self._joint = behind + b"\n" + before
@@ -37,7 +39,9 @@ class Stencil:
         if len(data) < len(self._event_joint) or not data.startswith(head) or not data.endswith(tail):
             return None
         middle = data[len(head) : -len(tail)]
-        pieces = [middle] if _special(middle) is None else middle.split(self._event_joint)
+        if middle and _special(middle) is None and middle.isascii():
+            return middle.decode(), 1
+        pieces = middle.split(self._event_joint)
         text, count = _texts(pieces)
         return (text, count) if count == len(pieces) else None
 
@@ -76,7 +80,7 @@ def _texts(pieces: list[bytes]) -> tuple[str, int]:
     return "".join(texts), len(texts)
 
 
-def learn(payload: bytes, key: bytes, text: str) -> Stencil | None:
+def learn(payload: bytes, key: bytes, text: str, take: Callable[[str], None]) -> Stencil | None:
     """The stencil of a payload that was decoded and gave `text` under `key`, b'"content"' for example.
 
     Without a backslash in it, JSON cannot spell a key in a second way, and every quote begins or ends a string. So
@@ -91,5 +95,5 @@ def learn(payload: bytes, key: bytes, text: str) -> Stencil | None:
             begin = place + len(opening)
             end = payload.find(b'"', begin)
             if payload[begin:end] == text.encode("utf-8", "replace"):
-                return Stencil(payload[:begin], payload[end:])
+                return Stencil(payload[:begin], payload[end:], take)
     return None
