@@ -39,8 +39,8 @@ class Traffic:
 class Exchange:
     """`depart` is called when everything is ready, just before the request is written (what it raises keeps the request
     from leaving); `sent`: when writing began, None until then. `settled`: the fast path's future, `task`: the public
-    path's task; one of them is there for the sweeper to end. `broken`: why no response came, `garbage`: what came instead
-    of HTTP; `expired`: which limit was passed; `reads`: how many brought a part of the response."""
+    path's task; one of them is there for the sweeper to end. `broken`: why no response came, `garbage`: what came
+    instead of HTTP; `expired`: which limit was passed; `reads`: how many brought a part of the response."""
 
     __slots__ = (
         "broken", "depart", "expired", "garbage", "limits", "reads", "reception", "redirect", "sent", "settled", "task",
