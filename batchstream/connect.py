@@ -7,30 +7,45 @@ default provider's key must not travel to another host.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import msgspec
 
+from batchstream.endpoints import multipliers
 from batchstream.endpoints.credentials import Key, find_key, header_secrets
-from batchstream.endpoints.providers import DEFAULT, Provider, find
+from batchstream.endpoints.providers import DEFAULT, SHUTTLEAI_PLANS, Provider, find
 from batchstream.engine.client import Target
 from batchstream.errors import UsageError
 from batchstream.job import Job
+from batchstream.policy.budget import Prices, parse_prices
+from batchstream.policy.limits import Rates
+from batchstream.policy.windows import MINUTE_S
 from batchstream.records import Api
+
+LOCAL_SLOTS = 8
+"""Requests that the local model's server serves at once, at most."""
 
 
 class Plan(msgspec.Struct, frozen=True):
     """What a job will talk to, before anything is started. `label` names the endpoint for people and for the
-    job's identity; `rpm` is the limit to keep, the user's or the provider's."""
+    job's identity; `rates` are the limits to keep, the user's or the provider's (`rates_of` knows more, once the
+    endpoint can be asked); `prices` are the user's."""
 
     provider: Provider
     label: str
     api: Api
     model: str | None
     key: Key | None
-    rpm: float | None
+    rates: Rates
+    prices: Prices
+
+    @property
+    def rpm(self) -> float | None:
+        """Requests a minute over all models, as far as known."""
+        return self.rates.rpm if isinstance(self.rates.rpm, float | int) else None
 
 
 def plan(job: Job, *, with_key: bool = True) -> Plan:
@@ -45,13 +60,16 @@ def plan(job: Job, *, with_key: bool = True) -> Plan:
         raise UsageError("--sim sets up the provider sim; add --provider sim")
     if job.model_file is not None and provider.name != "local":
         raise UsageError("--model-file is for the provider local; add --provider local")
+    if job.plan is not None and not provider.limits.plans and provider.name != "sim" and job.base_url is None:
+        raise UsageError(f"--plan is about ShuttleAI's plans, not {provider.name}'s; give --rpm")
     return Plan(
         provider=provider,
         label=job.base_url or provider.base_url or provider.name,
         api=job.api or provider.api,
         model=job.model or provider.default_model,
         key=find_key(job.api_key_env, job.api_key_file, provider.key_env) if with_key else None,
-        rpm=job.rpm or provider.limits.rpm,
+        rates=_rates(job, provider),
+        prices=parse_prices(job.price),
     )
 
 
@@ -59,6 +77,59 @@ def secrets(job: Job, plan: Plan) -> tuple[str, ...]:
     """What must be written nowhere: the key, and what the job's own headers carry of that kind."""
     key = plan.key.secret if plan.key is not None else None
     return (*((key,) if key is not None else ()), *header_secrets(job.header))
+
+
+def _rates(job: Job, provider: Provider) -> Rates:
+    """What is known before the endpoint is asked."""
+    weight = job.request_weight
+    speedup = _speedup(job) if provider.name == "sim" else 1.0
+    return Rates(
+        rpm=job.rpm or (SHUTTLEAI_PLANS[job.plan] if job.plan else provider.limits.rpm),
+        tpm=job.tpm,
+        tpm_counts=job.tpm_counts,
+        weights=weight if isinstance(weight, dict) else {"": weight} if weight else {},
+        fixed=job.window == "fixed" if job.window else provider.limits.fixed_minute or job.plan is not None,
+        minute=MINUTE_S / speedup,
+        together=provider.limits.together or job.plan is not None,
+    )
+
+
+def _speedup(job: Job) -> float:
+    """How fast the simulated endpoint's clock runs."""
+    from batchstream.endpoints.simulate import make_config
+
+    return make_config(job.sim).speedup
+
+
+async def rates_of(job: Job, plan: Plan, target: Target, note: Callable[[str], None]) -> Rates:
+    """The limits to keep, with the models' weights where the endpoint tells them, and the minute's phase. `note` hears
+    of what could not be learnt."""
+    rates = msgspec.structs.replace(plan.rates, phase=(time.monotonic() - time.time()) % plan.rates.minute)
+    if not plan.provider.limits.multipliers or job.request_weight is not None or not rates.known:
+        return rates
+    kept = plan.provider.base_url is not None
+    table = await asyncio.to_thread(multipliers.cached, target.base_url) if kept else None
+    if table is None:
+        headers = {**target.request_headers(plan.api), "Accept": "application/json"}
+        del headers["Content-Type"]
+        try:
+            table = await multipliers.ask(target.base_url, headers, ca_file=job.ca_file, trust_env=job.trust_env)
+        except (OSError, ValueError) as error:
+            note(
+                f"GET /models/verbose: {error}; each request is taken to count as one (--request-weight says otherwise)"
+            )
+            return rates
+        if kept:
+            await asyncio.to_thread(multipliers.keep, target.base_url, table)
+    return msgspec.structs.replace(rates, weights=table)
+
+
+def slots_of(job: Job, plan: Plan) -> int | None:
+    """Requests at once, where that is known: the user's number, or what the local model's server serves. None: to be
+    found out."""
+    if job.concurrency != "auto":
+        return job.concurrency
+    return LOCAL_SLOTS if plan.provider.name == "local" else None
 
 
 @asynccontextmanager
@@ -81,7 +152,7 @@ async def opened(job: Job, plan: Plan) -> AsyncIterator[Target]:
     else:
         from batchstream.endpoints.local import LocalServer
 
-        server = LocalServer(model_file=job.model_file, parallel=min(job.concurrency, 8))
+        server = LocalServer(model_file=job.model_file, parallel=min(slots_of(job, plan) or LOCAL_SLOTS, LOCAL_SLOTS))
         base_url = await asyncio.to_thread(server.start)
         try:
             yield Target(base_url, key, headers)

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from batchstream.errors import InputError, UsageError
+from batchstream.policy.breaker import parse_breaker
+from batchstream.policy.budget import parse_prices
 from batchstream.records import Api
 
 SECTIONS = ("input", "endpoint", "request", "limits", "retry", "output", "report")
@@ -107,10 +112,43 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         ),
     ] = True
     # --- limits
-    concurrency: Annotated[int, _opt("limits", "Requests in flight at once.", metavar="N")] = 16
+    concurrency: Annotated[
+        int | Literal["auto"],
+        _opt("limits", "Requests in flight at once; auto finds out how many bring throughput.", metavar="N|auto"),
+    ] = "auto"
+    plan: Annotated[
+        Literal["free", "basic", "premium", "scale"] | None,
+        _opt("limits", "ShuttleAI's plan: sets --rpm and --window fixed."),
+    ] = None
     rpm: Annotated[
-        float | None,
-        _opt("limits", "Requests a minute, evenly spaced (default: the provider's known limit, if any).", metavar="N"),
+        float | dict[str, float] | None,
+        _opt("limits", "Requests a minute over all models, or of one model.", metavar="N|MODEL=N"),
+    ] = None
+    tpm: Annotated[
+        float | dict[str, float] | None,
+        _opt(
+            "limits",
+            "Tokens a minute over all models, or of one; estimated first, then corrected.",
+            metavar="N|MODEL=N",
+        ),
+    ] = None
+    tpm_counts: Annotated[Literal["both", "input", "output"], _opt("limits", "The tokens that --tpm is about.")] = (
+        "both"
+    )
+    request_weight: Annotated[
+        float | dict[str, float] | None,
+        _opt(
+            "limits",
+            "Requests that one counts for (default: as shuttleai lists its models, else 1).",
+            metavar="N|MODEL=N",
+        ),
+    ] = None
+    window: Annotated[
+        Literal["rolling", "fixed"] | None,
+        _opt(
+            "limits",
+            "How limits count: any minute, evenly spaced, or the provider's minutes (default: as known, else rolling).",
+        ),
     ] = None
     connect_timeout: Annotated[float, _opt("limits", "Seconds to look up, connect and shake hands.", metavar="S")] = (
         10.0
@@ -130,6 +168,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_time: Annotated[
         float | None, _opt("limits", "Stop admitting rows after this many seconds; exit 5.", metavar="S")
     ] = None
+    deadline: Annotated[
+        str | None,
+        _opt(
+            "limits", "Stop admitting rows at this time: the next 06:00, or 2026-01-31T06:00; exit 5.", metavar="TIME"
+        ),
+    ] = None
+    max_cost: Annotated[
+        float | None,
+        _opt(
+            "limits", "Stop once the job, earlier runs included, has cost so much by --price; exit 5.", metavar="MONEY"
+        ),
+    ] = None
+    price: Annotated[
+        dict[str, float | dict[str, float]],
+        _opt("limits", "Money for a million tokens, of all models or of one.", metavar="[MODEL:]in=N,out=N[,cached=N]"),
+    ] = {}
     max_requests: Annotated[
         int | None, _opt("limits", "Stop after this many requests of this run, retries included; exit 5.", metavar="N")
     ] = None
@@ -146,7 +200,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_wait: Annotated[
         float, _opt("retry", "Longest wait a server may ask for; beyond it the run stops with exit 5.", metavar="S")
     ] = 300.0
-    breaker: Annotated[Literal["on", "off"], _opt("retry", "off: record every failure, stop for none.")] = "on"
+    max_outage: Annotated[
+        float, _opt("retry", "Seconds to wait for an endpoint that was there and is down; then exit 4.", metavar="S")
+    ] = 300.0
+    breaker: Annotated[
+        str,
+        _opt(
+            "retry",
+            "When to stop for failures in a row: failures=20,refusals=3 (on), or never (off).",
+            metavar="on|off|SPEC",
+        ),
+    ] = "on"
     # --- output
     output: Annotated[
         str | None,
@@ -184,15 +248,30 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         for option in options().values():
             check_type(option, getattr(self, option.name))
-        positive = ("concurrency", "connect_timeout", "first_token_timeout", "idle_timeout", "max_attempts",
-                    "limit", "sample", "rpm", "total_timeout", "max_time", "max_requests", "max_tokens_total")  # fmt: skip
+        positive = ("connect_timeout", "first_token_timeout", "idle_timeout", "max_attempts",
+                    "limit", "sample", "total_timeout", "max_time", "max_cost", "max_requests", "max_tokens_total")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name}: expected a number above 0, got {value!r}")
-        for name in ("max_wait", "drain_timeout", "lock_wait", "max_failures"):
+        for name in ("concurrency", "rpm", "tpm", "request_weight"):
+            value = getattr(self, name)
+            for number in value.values() if isinstance(value, dict) else (value,):
+                if number not in (None, "auto") and not number > 0:
+                    raise UsageError(f"{name}: expected a number above 0, got {number!r}")
+        for name in ("max_wait", "max_outage", "drain_timeout", "lock_wait", "max_failures"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
+        if self.plan is not None and self.rpm is not None:
+            raise UsageError("plan and rpm both set the requests a minute; give one of them")
+        if self.max_time is not None and self.deadline is not None:
+            raise UsageError("max_time and deadline both say when to stop; give one of them")
+        _check(self.breaker, "breaker", parse_breaker)
+        _check(self.price, "price", parse_prices)
+        if self.deadline is not None:
+            _check(self.deadline, "deadline", parse_deadline)
+        if self.max_cost is not None and not self.price:
+            raise UsageError("max_cost needs to know what tokens cost; give --price in=…,out=…")
         if self.template is not None and self.prompt_column is not None:
             raise UsageError("template and prompt_column both say how to make the prompt; give one of them")
         if self.api_key_env is not None and self.api_key_file is not None:
@@ -207,6 +286,23 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         for name, value in self.header.items():
             if not name or any(c in name for c in " :\r\n\t") or any(c in value for c in "\r\n\0"):
                 raise UsageError(f"header: expected 'Name: value' on one line, got the name {name!r}")
+
+
+def _check(value: Any, name: str, parse: Callable[[Any], object]) -> None:
+    try:
+        parse(value)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def parse_deadline(text: str) -> time | datetime:
+    """ "06:00" as a time of day, an ISO date and time as that (local where it names no offset). Raises ValueError."""
+    with suppress(ValueError):
+        if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text):
+            return time.fromisoformat(text.zfill(5 if text.count(":") == 1 else 8))
+        if "-" in text and ":" in text:
+            return datetime.fromisoformat(text).astimezone()
+    raise ValueError(f"expected a time as 06:00 or 2026-01-31T06:00, got {text!r}")
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -323,16 +419,18 @@ def check_type(option: Option, value: Any) -> Any:
         return msgspec.convert(value, option.type, strict=True)
     except msgspec.ValidationError as error:
         said = str(error).replace("`", "")
+        if said.startswith("Invalid enum value"):  # of a number that may also be a word
+            raise UsageError(f"{_key(option)}: expected int, got str: {value!r} (a number, or auto)") from None
         shown = "" if option.name in ("header", "sim", "param") else f": {value!r}"
         raise UsageError(f"{_key(option)}: {said[0].lower()}{said[1:]}{shown}") from None
 
 
 def choices(option: Option) -> tuple[str, ...] | None:
-    """The words an option takes, or None when it is free."""
-    for kind in (option.type, *get_args(option.type)):
-        if get_origin(kind) is Literal:
-            return get_args(kind)
-    return None
+    """The words an option takes, or None when it is free (or takes other values beside them)."""
+    kinds = [kind for kind in get_args(option.type) or (option.type,) if kind is not type(None)]
+    if get_origin(option.type) is Literal:
+        return get_args(option.type)
+    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else None
 
 
 def _is_variable_name(word: str) -> bool:

@@ -143,13 +143,27 @@ class Failure(msgspec.Struct, frozen=True):
     retry_after: float | None = None
 
 
+class RateNews(msgspec.Struct, frozen=True):
+    """What a response's headers say about the endpoint's rate limits; None = nothing. `limit_*` and `remaining_*` in
+    requests and tokens, `reset_*` in seconds from the response on."""
+
+    limit_requests: float | None = None
+    remaining_requests: float | None = None
+    reset_requests: float | None = None
+    limit_tokens: float | None = None
+    remaining_tokens: float | None = None
+    reset_tokens: float | None = None
+
+
 class Attempt(msgspec.Struct):
-    """One try of a request: a completion, or a failure with the partial completion that came."""
+    """One try of a request: a completion, or a failure with the partial completion that came. `rates`: what the
+    endpoint said about its limits, None for nothing."""
 
     timing: Timing
     completion: Completion | None
     failure: Failure | None
     request_id: str | None = None
+    rates: RateNews | None = None
 
 
 class Latencies(msgspec.Struct, frozen=True):

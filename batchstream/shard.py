@@ -7,24 +7,28 @@ brings the rows (blocks that nobody else serves), the journal to write to, and a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
 
 from batchstream.engine.client import Client, Target
 from batchstream.engine.progress import Progress
-from batchstream.engine.runner import Budget, Runner, Sink, Stop
+from batchstream.engine.runner import Runner, Sink, Stop
 from batchstream.engine.store import Store
 from batchstream.files.journal import GroupSync, JournalDir
-from batchstream.job import Job
+from batchstream.job import Job, parse_deadline
 from batchstream.net.deadlines import Limits
 from batchstream.net.exchange import Traffic
 from batchstream.net.transport import Transport
-from batchstream.policy.breaker import Breaker
-from batchstream.policy.limits import Lane
+from batchstream.policy.breaker import Breaker, Outage, parse_breaker
+from batchstream.policy.budget import Budget, parse_prices
+from batchstream.policy.concurrency import Concurrency
+from batchstream.policy.limits import Lanes, Rates
 from batchstream.policy.retry import RetryPolicy
 from batchstream.records import Failure, InvalidRow, Request, Result
 
@@ -89,14 +93,17 @@ async def run_shard(
     control: Control,
     hooks: Hooks,
     *,
-    rpm: float | None,
+    rates: Rates,
+    slots: int | None,
     secrets: tuple[str, ...],
+    spent: float = 0.0,
     worker: int = 0,
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
     `secrets` are kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
-    the last call: (index, rows, hash).
+    the last call: (index, rows, hash). `rates` and `slots` as `connect` knows them; `spent` is what the job's earlier
+    runs have cost, where --max-cost asks.
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)
@@ -120,7 +127,7 @@ async def run_shard(
     try:
         async with transport_for(job, progress.traffic) as transport:
             client = Client(transport, target, limits_of(job))
-            runner = runner_for(job, client, store, progress, rpm, hooks.on_failure)
+            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks.on_failure)
             control.bind(runner)
             async with aclosing(ahead(rows, note_blocks)) as batches:
                 stop = await runner.run(batches, drain_timeout=job.drain_timeout)
@@ -144,22 +151,45 @@ def runner_for(
     client: Client,
     sink: Sink,
     progress: Progress,
-    rpm: float | None,
+    rates: Rates,
+    slots: int | None,
+    spent: float,
     on_failure: Callable[[Request, Failure, int], None] | None,
 ) -> Runner:
-    """A runner with the job's policy."""
-    lane = Lane(rpm)
+    """A runner with the job's policy; `slots` None: it finds out how many are good."""
+    settings = parse_breaker(job.breaker)
     return Runner(
         client,
         sink,
         progress,
-        concurrency=job.concurrency,
+        concurrency=slots if slots is not None else Concurrency(time.monotonic()),
         policy=RetryPolicy(job.max_attempts, job.max_wait),
-        lanes=lambda _: lane,
-        breaker=Breaker(enabled=job.breaker == "on"),
-        budget=Budget(job.max_time, job.max_requests, job.max_tokens_total),
+        lanes=Lanes(rates),
+        breaker=Breaker(settings),
+        budget=budget_of(job, datetime.now().astimezone(), spent),
+        prices=parse_prices(job.price),
+        outage=Outage(job.max_outage, enabled=settings.enabled),
         on_failure=on_failure,
     )
+
+
+def budget_of(job: Job, now: datetime, spent: float = 0.0) -> Budget:
+    """The job's budget for a run that begins `now` (with its zone)."""
+    seconds, why = job.max_time, "" if job.max_time is None else f"--max-time {job.max_time:g} s"
+    if job.deadline is not None:
+        seconds, why = until(job.deadline, now), f"--deadline {job.deadline}"
+    return Budget(seconds, job.max_requests, job.max_tokens_total, job.max_cost, spent, why)
+
+
+def until(deadline: str, now: datetime) -> float:
+    """Seconds from `now` to a deadline as the user writes it: the next 06:00, or a date; 0.0 when that is over."""
+    wanted = parse_deadline(deadline)
+    if isinstance(wanted, datetime):
+        return max(0.0, (wanted - now).total_seconds())
+    # The wall clock's: in a night when the clocks change, six o'clock is nearer or farther.
+    local = now.replace(tzinfo=None)
+    day = local.date() if local.time() < wanted else local.date() + timedelta(days=1)
+    return max(0.0, (datetime.combine(day, wanted).astimezone() - now).total_seconds())
 
 
 async def ahead(

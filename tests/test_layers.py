@@ -12,8 +12,8 @@ import batchstream
 ROOT = Path(batchstream.__file__).parent
 
 FLOORS = {
-    "errors": 0, "records": 0, "job": 0,
-    "wire": 1, "policy": 1, "figures": 1,
+    "errors": 0, "records": 0,
+    "wire": 1, "policy": 1, "figures": 1, "job": 1,
     "files": 2, "net": 2, "endpoints": 2,
     "engine": 3,
     "connect": 4, "intake": 4, "shard": 4,

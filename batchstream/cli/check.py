@@ -217,10 +217,13 @@ def _tokens(found: Survey) -> str:
 
 
 def _time(job: Job, plan: Plan, rows: int) -> str:
+    from batchstream.connect import slots_of
+    from batchstream.policy.concurrency import START
     from batchstream.report.text import duration
 
-    busy_s = rows * ASSUMED_ANSWER_S / job.concurrency
-    guess = f"{duration(busy_s)} if an answer takes {ASSUMED_ANSWER_S:g} s, {job.concurrency} at a time"
+    slots = slots_of(job, plan) or START
+    busy_s = rows * ASSUMED_ANSWER_S / slots
+    guess = f"{duration(busy_s)} if an answer takes {ASSUMED_ANSWER_S:g} s, {slots} at a time"
     if plan.rpm is not None:
         return f"at least {duration(rows / plan.rpm * 60)} at {plan.rpm:g} requests a minute; {guess}"
     plans = ", ".join(f"{name} {duration(rows / rpm * 60)}" for name, rpm in plan.provider.limits.plans.items())

@@ -6,6 +6,8 @@ default. click checks single words; what an option means, and what it means besi
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import types
 from collections.abc import Callable
@@ -70,6 +72,46 @@ def _headers(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...])
 def _words(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[str]:
     """Words with commas, the option repeated or not, as one list."""
     return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def _count(ctx: click.Context, param: click.Parameter, text: str | None) -> int | str | None:
+    """A whole number, or the word auto."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a valid integer, nor auto", ctx, param) from None
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> float | dict[str, float] | None:
+    """One number, or ``NAME=N`` words as a dictionary."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"expected N or MODEL=N, got {text!r}", ctx, param) from None
+    if "" in found and len(found) > 1:
+        raise click.BadParameter("expected one number for all models, or MODEL=N for each, got both", ctx, param)
+    return found.get("", found or None)
+
+
+def _prices(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, float | dict[str, float]]:
+    """``[MODEL:]in=N,out=N[,cached=N]`` as a table."""
+    found: dict[str, float | dict[str, float]] = {}
+    for text in texts:
+        model, _, parts = text.rpartition(":")
+        price = {}
+        for part in parts.split(","):
+            name, _, number = part.partition("=")
+            try:
+                price[name.strip()] = float(number)
+            except ValueError:
+                raise click.BadParameter(f"expected in=N,out=N[,cached=N], got {text!r}", ctx, param) from None
+        found.update({model: price} if model else price)
+    return found
 
 
 class JobOption(click.Option):
@@ -162,6 +204,12 @@ def _declaration(option: Option) -> dict[str, Any]:
         flags = _with_opposite(flags)
     elif words is not None:
         declaration |= {"type": click.Choice(words), "metavar": None}
+    elif "price" in option.name:
+        declaration |= {"callback": _prices, "multiple": True}
+    elif get_origin(kind) in (Union, types.UnionType) and float in get_args(kind):
+        declaration |= {"callback": _numbers, "multiple": True}
+    elif get_origin(kind) in (Union, types.UnionType) and int in get_args(kind):
+        declaration |= {"callback": _count}
     elif get_origin(kind) is dict:
         declaration |= {"callback": _headers if get_args(kind)[1] is str else _pairs, "multiple": True}
     elif get_origin(kind) is tuple:
@@ -187,5 +235,5 @@ def _bare(annotation: Any) -> Any:
     """The annotation without its ``| None``."""
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return kinds[0] if len(kinds) == 1 else annotation
+        return kinds[0] if len(kinds) == 1 else functools.reduce(operator.or_, kinds)
     return annotation

@@ -19,11 +19,14 @@ from batchstream.records import Api
 class Limits(msgspec.Struct, frozen=True):
     """`rpm`: requests a minute that hold for every account, or None. `plans`: requests a minute by
     plan, where the provider publishes them. `fixed_minute`: the window is the wall-clock minute,
-    so a refused request may be asked again when the next minute begins."""
+    so a refused request may be asked again when the next minute begins. `together`: all models share
+    the account's limits. `multipliers`: GET /models/verbose says how many requests one of a model counts for."""
 
     rpm: float | None = None
     plans: Mapping[str, float] = {}
     fixed_minute: bool = False
+    together: bool = False
+    multipliers: bool = False
 
 
 class Provider(msgspec.Struct, frozen=True):
@@ -48,7 +51,7 @@ _ALL = (
         "https://api.shuttleai.com/v1",
         "SHUTTLEAI_API_KEY",
         "shuttleai/auto",
-        limits=Limits(plans=SHUTTLEAI_PLANS, fixed_minute=True),
+        limits=Limits(plans=SHUTTLEAI_PLANS, fixed_minute=True, together=True, multipliers=True),
         notes="Requests a minute by plan: free 2, basic 10, premium 30, scale 80, divided by the model's"
         " request_multiplier (GET /models/verbose). shuttleai/auto needs the plan basic."
         " A 429 states no wait: the next wall-clock minute opens the window again.",
@@ -85,7 +88,12 @@ _ALL = (
         notes="A real small model served by llama.cpp on this machine (extra `local`); --model-file for other weights.",
     ),
     Provider(
-        "sim", None, None, "sim", notes="The simulated endpoint, started inside the run (`batchstream simulate`)."
+        "sim",
+        None,
+        None,
+        "sim",
+        limits=Limits(together=True, multipliers=True),
+        notes="The simulated endpoint, started inside the run (`batchstream simulate`).",
     ),
 )
 

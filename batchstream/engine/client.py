@@ -93,4 +93,4 @@ class Client:
             chunks=reception.chunks,
             gap_max=reception.gap_max,
         )
-        return Attempt(timing, completion, failure, reception.request_id)
+        return Attempt(timing, completion, failure, reception.request_id, reception.rates)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from batchstream.engine.outcome import retry_of
+from batchstream.policy.limits import ONE, Cost, Reserved
 from batchstream.policy.retry import ACCOUNT_KINDS, RetryPolicy
 from batchstream.records import Attempt, Failure, Request, Retry
 
@@ -18,7 +19,10 @@ class Course:
 
     For the runner: `lane_key` names the lane the row goes by, `due` is the instant at which the next attempt may or
     should leave, `turn` is set while a retry waits for it; `under_way`: its first turn has come; `admitted`: the sink
-    knows that a request of it leaves; `holds_slot` and `on_wire`: it may be sent, it is being sent.
+    knows that a request of it leaves; `holds_slot` and `on_wire`: it may be sent, it is being sent; `cost`: what a
+    request of it takes from its lane, by estimate; `reserved`: what it has taken; `retry_tokens`: what its retries have
+    taken from the lane's retry budget; `excused`: attempts that failed because the endpoint was down, which do not
+    count.
     """
 
     __slots__ = (
@@ -28,12 +32,16 @@ class Course:
         "_policy",
         "_send",
         "admitted",
+        "cost",
         "due",
+        "excused",
         "holds_slot",
         "lane_key",
         "on_wire",
         "request",
+        "reserved",
         "retries",
+        "retry_tokens",
         "turn",
         "under_way",
     )
@@ -45,11 +53,16 @@ class Course:
         send: Callable[[Course], Awaitable[Attempt]],
         park: Callable[[Course, float], Awaitable[None]],
         lane_key: str = "",
+        cost: Cost = ONE,
     ) -> None:
         self.request = request
         self.retries: list[Retry] = []
         self.lane_key = lane_key
         self.due: float | None = None
+        self.cost = cost
+        self.reserved: Reserved | None = None
+        self.retry_tokens = 0.0
+        self.excused = 0
         self.turn: asyncio.Future[None] | None = None
         self.under_way = False
         self.admitted = False
@@ -61,10 +74,15 @@ class Course:
         self._failures: list[Failure] = []
         self._limit_waits = 0.0
 
+    @property
+    def limited(self) -> bool:
+        """Whether the last attempt met a rate limit, or a dead endpoint: it comes again for no fault of its own."""
+        return bool(self.retries) and (self.retries[-1].kind == "rate_limit" or self.excused > 0)
+
     async def run(self) -> Attempt:
         """Attempt until the policy is content or gives up; the last attempt is returned."""
         attempt = await self._send(self)
-        if not _failed_for_now(attempt) or not self._policy.may_retry([_failure(attempt)], 0.0):
+        if not _failed_for_now(attempt) or not self._policy.may_retry([_failure(attempt)], 0.0, self.excused):
             return attempt
         # The first attempt is made before tenacity takes over: its bookkeeping costs 20 µs of CPU,
         # which nearly every row can do without.
@@ -88,7 +106,7 @@ class Course:
         return await retrying(next_attempt)
 
     def _give_up(self, state: RetryCallState) -> bool:
-        return not self._policy.may_retry(self._failures, self._limit_waits)
+        return not self._policy.may_retry(self._failures, self._limit_waits, self.excused)
 
     def _wait(self, state: RetryCallState) -> float:
         return self._policy.wait(self._failures, random.uniform)

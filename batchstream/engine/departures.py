@@ -6,7 +6,8 @@ instant: a slot is never held by a row that waits for its rate, and a lane's rat
 waits for a slot (late departures would come in bunches and be too many for the endpoint's window). Lanes take turns,
 so that a narrow one holds up nobody else.
 
-All decisions are the lanes' (`policy.limits`); here are only the queues, the clock and one timer.
+All decisions are the policy's (`policy.limits`, `policy.breaker.Outage`); here are only the queues, the clock, one
+timer, and the account of what was waited for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections import deque
 from collections.abc import Callable
 
 from batchstream.engine.course import Course
+from batchstream.engine.progress import Progress
+from batchstream.policy.breaker import Outage
 from batchstream.policy.limits import Lane
 
 UNDER_WAY_PER_SLOT = 4
@@ -41,11 +44,24 @@ class Queue:
 
 
 class Departures:
-    """`lane_of` gives the lane of a key (the model's name); `leave(course)` sends a row off. Both are called on the
-    event loop of the one who uses this."""
+    """`lane_of` gives the lane of a key (the model's name); `leave(course)` sends a row off, or says False: not just
+    now, `look` again. Both are called on the event loop of the one who uses this.
 
-    def __init__(self, lane_of: Callable[[str], Lane], leave: Callable[[Course], None], slots: int) -> None:
+    What holds up the next row is noted in `progress`: "slots", "rpm", "tpm", "gate", "outage", "retry" (who waits does
+    so for a retry), "held" (disk or budget), or "input" (there is nobody).
+    """
+
+    def __init__(
+        self,
+        lane_of: Callable[[str], Lane],
+        leave: Callable[[Course], bool],
+        slots: int,
+        outage: Outage,
+        progress: Progress,
+    ) -> None:
         self.slots = slots
+        self._progress = progress
+        self._outage = outage
         self.on_wire = 0
         self.under_way = 0
         self._lane_of = lane_of
@@ -68,7 +84,7 @@ class Departures:
 
     def lanes(self) -> list[Lane]:
         """Those that have been asked for."""
-        return [queue.lane for queue in self._queues.values()]
+        return list({id(queue.lane): queue.lane for queue in self._queues.values()}.values())
 
     def add(self, course: Course, due: float | None = None) -> None:
         """A row wants to leave: at once, or not before the instant `due` of the monotonic clock."""
@@ -96,8 +112,10 @@ class Departures:
         if self._looking or self._closed:  # `leave` may end in here again
             return
         self._looking = True
+        now = time.monotonic()
         try:
-            wake = self._let_leave(time.monotonic())
+            wake = self._let_leave(now)
+            self._account(now)
         finally:
             self._looking = False
         if self._timer is not None:
@@ -112,6 +130,8 @@ class Departures:
         while self._later and self._later[0][0] <= now:
             self._enqueue(heapq.heappop(self._later)[2])
         wake = self._later[0][0] if self._later else math.inf
+        if (down := self._outage.wait(now)) > 0.0:
+            return min(wake, now + down)
         held = 0  # lanes in a row that let nobody leave
         while self._turns and held < len(self._turns) and self.on_wire < self.slots:
             queue = self._turns[0]
@@ -131,20 +151,50 @@ class Departures:
 
     def _one(self, queue: Queue, now: float) -> float:
         """Let the first of `queue` leave: 0.0, or the seconds after which it may (infinity: news must come first)."""
-        waiting = queue.again
-        if not waiting:
-            if self.under_way >= self.slots * UNDER_WAY_PER_SLOT:
-                return math.inf
-            waiting = queue.fresh
+        if self._outage.wait(now) > 0.0:
+            return math.inf
+        wait = math.inf
+        if queue.again:
+            course = queue.again[0]
+            wait = 0.0 if course.limited else queue.lane.retries.wait(now)
+            if wait == 0.0:
+                return self._send_off(queue, queue.again, now)
+        if queue.fresh and self.under_way < self.slots * UNDER_WAY_PER_SLOT:
+            return min(wait, self._send_off(queue, queue.fresh, now))
+        return wait
+
+    def _send_off(self, queue: Queue, waiting: deque[Course], now: float) -> float:
         course = waiting[0]
-        wait = queue.lane.wait(now)
+        wait = queue.lane.wait(now, course.cost)
         if wait > 0.0:
             return wait
-        self._leave(course)
-        queue.lane.take(now)
+        if not self._leave(course):
+            return math.inf
+        course.reserved = queue.lane.take(now, course.cost)
+        self._outage.take()
+        if course.retries and not course.limited:
+            course.retry_tokens += queue.lane.retries.take(now, course.retries[-1].kind)
         waiting.popleft()
         self.on_wire += 1
         return 0.0
+
+    def _account(self, now: float) -> None:
+        """Note what holds up the next row from now on."""
+        progress, binding = self._progress, self._what_binds(now)
+        if binding != progress.binding:
+            progress.held = progress.held_until(now)
+            progress.binding, progress.binding_since = binding, now
+
+    def _what_binds(self, now: float) -> str:
+        if self._outage.down:
+            return "outage"
+        if self._turns:
+            if self.on_wire >= self.slots:
+                return "slots"
+            queue = self._turns[0]
+            course = queue.again[0] if queue.again else queue.fresh[0]
+            return queue.lane.binding(now, course.cost) or "held"
+        return "retry" if self._later else "input"
 
     def _enqueue(self, course: Course) -> None:
         queue = self._queue(course.lane_key)

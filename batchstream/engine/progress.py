@@ -25,12 +25,17 @@ class Progress:
     `tokens`: completion tokens the endpoint reported, failed attempts included;
     `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
-    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing.
+    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing; `binding`: what holds up the next row
+    (`engine.departures`) since `binding_since`, `held`: seconds spent with each before; `slots`: requests at once that
+    are allowed now, `adaptive` when that is being found out, `levels` its path as (instant, slots); `limited`: 429s;
+    `per_minute`: requests that the known limits allow in a minute, None for any number; `cost`: money spent by the
+    prices that were given, earlier runs of the job included, None without prices.
     """
 
     __slots__ = (
-        "done", "failed", "failures", "gate_until", "in_flight", "message", "ok", "requests", "resumed", "retries",
-        "retry_kinds", "started", "tokens", "total", "traffic", "ttft", "waiting",
+        "adaptive", "binding", "binding_since", "cost", "done", "failed", "failures", "gate_until", "held", "in_flight",
+        "levels", "limited", "message", "ok", "per_minute", "requests", "resumed", "retries", "retry_kinds", "slots",
+        "started", "tokens", "total", "traffic", "ttft", "waiting",
     )  # fmt: skip
 
     def __init__(self, started: float, total: int | None = None, resumed: int = 0) -> None:
@@ -51,3 +56,16 @@ class Progress:
         self.gate_until: float | None = None
         self.traffic = Traffic()
         self.message = ""
+        self.binding = "input"
+        self.binding_since = started
+        self.held: dict[str, float] = {}
+        self.slots = 0
+        self.adaptive = False
+        self.levels: list[tuple[float, int]] = []
+        self.limited = 0
+        self.per_minute: float | None = None
+        self.cost: float | None = None
+
+    def held_until(self, now: float) -> dict[str, float]:
+        """`held` with what is being waited for at the instant `now`."""
+        return {**self.held, self.binding: self.held.get(self.binding, 0.0) + max(0.0, now - self.binding_since)}

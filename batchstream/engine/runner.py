@@ -27,10 +27,14 @@ from batchstream.engine.course import Course
 from batchstream.engine.departures import UNDER_WAY_PER_SLOT, Departures
 from batchstream.engine.outcome import invalid_result, result_of
 from batchstream.engine.progress import Progress
-from batchstream.policy.breaker import Breaker
-from batchstream.policy.limits import Lane
+from batchstream.policy.breaker import Breaker, Outage
+from batchstream.policy.budget import Budget, Estimator, Prices, Spending
+from batchstream.policy.concurrency import Concurrency
+from batchstream.policy.limits import NOTHING, ONE, Cost, Lane, Lanes
 from batchstream.policy.retry import ACCOUNT_KINDS, NOT_THE_ROWS, RetryPolicy, daily_limit
-from batchstream.records import Attempt, Failure, InvalidRow, Request, Result
+from batchstream.records import Attempt, Failure, InvalidRow, Request, Result, Usage
+
+_ANSWER_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 READ_AHEAD = 64
 """Rows taken in at least, so that the next one is at hand when a slot becomes free …"""
@@ -63,14 +67,6 @@ class Sink(Protocol):
         """An admitted row stays pending after all: nothing of it is stored."""
 
 
-class Budget(msgspec.Struct, frozen=True):
-    """Limits the user set on one run; None is no limit. `seconds` count from the start of admission."""
-
-    seconds: float | None = None
-    requests: int | None = None
-    tokens: int | None = None
-
-
 class _NotNow(Exception):  # noqa: N818  (no error)
     """A request that was about to leave must wait for the disk."""
 
@@ -78,7 +74,8 @@ class _NotNow(Exception):  # noqa: N818  (no error)
 class Runner:
     """Runs rows through a client into a sink. One use; all methods on one event loop.
 
-    `lanes(model)` makes the lane of a model ("" where a row names none); who wants one lane for all gives the same one.
+    `concurrency`: so many requests at once, or what finds out how many are good. `lanes` gives the lane of each model.
+    `prices` are for `budget.cost` and for the figures; `outage` waits for an endpoint that is down.
     `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs);
     `on_gate(lane_key, until)` when a 429 has closed a lane's gate until that instant of the monotonic clock, so that
     other processes at the same endpoint can be told (`close_gate`).
@@ -90,11 +87,13 @@ class Runner:
         sink: Sink,
         progress: Progress,
         *,
-        concurrency: int,
+        concurrency: int | Concurrency,
         policy: RetryPolicy,
-        lanes: Callable[[str], Lane],
+        lanes: Lanes,
         breaker: Breaker,
         budget: Budget,
+        prices: Prices | None = None,
+        outage: Outage | None = None,
         on_failure: Callable[[Request, Failure, int], None] | None = None,
         on_gate: Callable[[str, float], None] | None = None,
     ) -> None:
@@ -105,9 +104,14 @@ class Runner:
         self._policy = policy
         self._lanes = lanes
         self._fraction = 1.0
-        self._departures = Departures(self._lane_of, self._leave, concurrency)
+        self._adaptive = concurrency if isinstance(concurrency, Concurrency) else None
+        slots = concurrency.level if isinstance(concurrency, Concurrency) else concurrency
+        self._outage = outage or Outage(0.0, enabled=False)
+        self._departures = Departures(self._lane_of, self._leave, slots, self._outage, progress)
         self._breaker = breaker
-        self._budget = budget
+        self._spending = Spending(budget, prices or {})
+        self._counts_tokens = lanes.rates.tpm is not None or budget.tokens is not None or budget.cost is not None
+        self._estimator = Estimator()
         self._on_failure = on_failure
         self._on_gate = on_gate
         self._tasks: dict[asyncio.Task[None], Course] = {}
@@ -117,32 +121,42 @@ class Runner:
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._requests = 0
-        self._tokens = 0
         self._error: BaseException | None = None
         # One reading of the two clocks: instants become dates by it, whatever the wall clock does later.
         self._epoch = time.time() - time.monotonic()
 
     def share(self, slots: int, fraction: float) -> None:
-        """From now on: so many requests at once, and this fraction of every lane's rates. For workers of one job,
-        which divide both among them and divide them anew when one ends. May be called at any time, on the loop."""
+        """From now on: so many requests at once (where their number is being found out: at most so many), and this
+        fraction of every lane's rates. For workers of one job, which divide both among them and divide them anew when
+        one ends. May be called at any time, on the loop."""
         self._fraction = fraction
         for lane in self._departures.lanes():
             lane.share(fraction)
-        self._departures.slots = slots
-        self._make_places()
+        if self._adaptive is None:
+            self._resize(slots)
+        else:
+            self._adaptive.most = slots
+            self._resize(min(self._adaptive.level, slots))
         self._departures.look()
 
     def close_gate(self, lane_key: str, until: float) -> None:
         """Let nothing leave by that lane before `until` (instant of the monotonic clock, the same in all processes of
         a machine): another process was told to wait. `on_gate` is not called."""
-        self._departures.lane(lane_key).close(until)
+        self._departures.lane(lane_key).close(until, time.monotonic())
+        self._progress.gate_until = max(until, self._progress.gate_until or 0.0)
         self._departures.look()
 
     def _lane_of(self, key: str) -> Lane:
         lane = self._lanes(key)
         lane.share(self._fraction)
+        lane.crowd = self._departures.slots
         return lane
+
+    def _resize(self, slots: int) -> None:
+        self._departures.slots = self._progress.slots = slots
+        for lane in self._departures.lanes():
+            lane.crowd = slots
+        self._make_places()
 
     def stop(self, reason: Stop) -> None:
         """Admit nothing more; rows on the wire finish, rows waiting stay pending. The first reason counts."""
@@ -172,9 +186,16 @@ class Runner:
         """Serve all rows, or stop early and say why. Raises bugs, and what `rows` or the sink raise: what is on the
         wire by then has been paid for, so it is waited for as after a stop."""
         alarm = None
-        if self._budget.seconds is not None:
-            reason = Stop("budget", f"--max-time {self._budget.seconds:g} s is over")
-            alarm = asyncio.get_running_loop().call_later(self._budget.seconds, self.stop, reason)
+        budget = self._spending.budget
+        progress = self._progress
+        progress.slots = self._departures.slots
+        if self._adaptive is not None:
+            progress.adaptive, progress.levels = True, self._adaptive.path
+        if (why := self._spending.used_up()) is not None:  # by earlier runs
+            self.stop(Stop("budget", why))
+        if budget.seconds is not None:
+            reason = Stop("budget", f"{budget.why} is over")
+            alarm = asyncio.get_running_loop().call_later(budget.seconds, self.stop, reason)
         try:
             try:
                 await self._take_in(rows)
@@ -188,6 +209,8 @@ class Runner:
         finally:
             if alarm is not None:
                 alarm.cancel()
+            ended = time.monotonic()
+            progress.held, progress.binding_since = progress.held_until(ended), ended
         if self._error is not None:
             raise self._error
         self._keep_refused_pending()
@@ -216,10 +239,13 @@ class Runner:
         if self._stopped.is_set():
             return False
         model = row.body.get("model")
-        course = Course(row, self._policy, self._send, self._park, model if isinstance(model, str) else "")
+        key = model if isinstance(model, str) else ""
+        course = Course(row, self._policy, self._send, self._park, key, self._estimate(row, key))
         self._alive += 1
         self._idle.clear()
         self._departures.add(course)
+        if self._progress.per_minute is None and self._lanes.rates.known:
+            self._progress.per_minute = self._departures.lane(key).per_minute(course.cost)
         return not self._stopped.is_set()
 
     def _places(self) -> int:
@@ -231,17 +257,32 @@ class Runner:
         if self._alive <= self._places() * 3 // 4:
             self._place.set()
 
-    def _leave(self, course: Course) -> None:
-        """It is this row's turn (`engine.departures`)."""
+    def _estimate(self, row: Request, model: str) -> Cost:
+        """What a request of this row will take from its lane and from the budget."""
+        weight = self._lanes.rates.weight(model)
+        if not self._counts_tokens:
+            return ONE if weight == 1.0 else Cost(weight)
+        body = row.body
+        limit = next((body[name] for name in _ANSWER_LIMITS if isinstance(body.get(name), int)), None)
+        if limit is not None and isinstance(body.get("n"), int):
+            limit *= body["n"]
+        return self._estimator.cost(weight, len(msgspec.json.encode(body)), limit)
+
+    def _leave(self, course: Course) -> bool:
+        """It is this row's turn (`engine.departures`); False: what is on the wire may use up the budget."""
+        if not self._spending.may_leave(course.lane_key, course.cost):
+            return False
+        self._spending.expect(course.lane_key, course.cost)
         if course.turn is not None:
             course.holds_slot = True
             course.turn.set_result(None)
-            return
+            return True
         course.under_way = course.holds_slot = True
         self._departures.under_way += 1
         task = asyncio.create_task(self._serve(course))
         self._tasks[task] = course
         task.add_done_callback(self._ended)
+        return True
 
     async def _unless_stopped(self, wait: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Wait, and say True, unless the run has stopped or stops first."""
@@ -298,7 +339,6 @@ class Runner:
         failure = attempt.failure
         if failure is None:
             self._breaker.succeeded()
-            self._departures.lane(course.lane_key).succeeded()
             self._own_trouble(attempt)
             self._finish(course, attempt)
         elif self._breaker.enabled and self._policy.too_long(failure):
@@ -355,13 +395,13 @@ class Runner:
                 await self._sink.room()
 
     async def _attempt(self, course: Course) -> Attempt:
-        progress = self._progress
+        progress, spending = self._progress, self._spending
         due, course.due = course.due, None
         course.on_wire = True
         progress.in_flight += 1
-        self._requests += 1
-        if self._requests == self._budget.requests:
-            self.stop(Stop("budget", f"--max-requests {self._budget.requests} are used up"))
+        spending.requests += 1
+        if spending.requests == spending.budget.requests and (why := spending.used_up()) is not None:
+            self.stop(Stop("budget", why))
         try:
             depart = None if course.admitted else partial(self._admit, course)
             attempt = await self._client.attempt(
@@ -369,13 +409,15 @@ class Runner:
             )
         except _NotNow:
             course.on_wire = False
-            self._requests -= 1
+            spending.requests -= 1
             raise
         finally:
             progress.in_flight -= 1
         course.on_wire = False
+        usage = attempt.completion.usage if attempt.completion is not None else None
+        spending.ended(course.lane_key, course.cost, usage)
         progress.requests += attempt.timing.sent is not None
-        self._learn(course, attempt)
+        self._learn(course, attempt, usage)
         return attempt
 
     def _admit(self, course: Course) -> None:
@@ -385,30 +427,71 @@ class Runner:
             raise _NotNow
         course.admitted = True
 
-    def _learn(self, course: Course, attempt: Attempt) -> None:
-        progress, failure, completion = self._progress, attempt.failure, attempt.completion
-        if completion is not None and completion.usage is not None:
-            self._tokens += completion.usage.total_tokens or 0
-            progress.tokens += completion.usage.completion_tokens or 0
-            if self._budget.tokens is not None and self._tokens >= self._budget.tokens:
-                used = f"({self._tokens} so far)"
-                self.stop(Stop("budget", f"--max-tokens-total {self._budget.tokens} are used up {used}"))
+    def _learn(self, course: Course, attempt: Attempt, usage: Usage | None) -> None:
+        """What an attempt says about budget, limits, and the endpoint's health."""
+        progress, failure, timing, now = self._progress, attempt.failure, attempt.timing, time.monotonic()
+        lane, reserved = self._departures.lane(course.lane_key), course.reserved
+        sent = timing.sent or now
+        if usage is not None:
+            progress.tokens += usage.completion_tokens or 0
+            if self._counts_tokens:
+                self._learn_usage(course, usage)
+            if self._spending.prices:
+                progress.cost = self._spending.cost
+            if (why := self._spending.used_up()) is not None:
+                self.stop(Stop("budget", why))
+        if attempt.rates is not None and reserved is not None:
+            lane.learn(attempt.rates, now, reserved)
         if failure is None:
-            timing = attempt.timing
+            self._outage.answered()
+            lane.succeeded()
+            lane.retries.succeeded(course.retry_tokens)
             if timing.sent is not None and timing.first_output is not None:
                 progress.ttft.append(timing.first_output - timing.sent)
+            if self._adaptive is not None:
+                busy = self._departures.on_wire >= self._departures.slots
+                self._adaptive.ended(now, sent, float(timing.chunks or 1), busy=busy)
+                self._resize(self._adaptive.level)
             return
-        # A wait beyond --max-wait is not waited for: the run stops, or (--breaker off) only this row is given up.
-        if failure.kind == "rate_limit" and not self._policy.too_long(failure):
-            self._limited(course, failure)
+        if reserved is not None and timing.sent is None:
+            lane.settle(reserved, NOTHING)  # it never left
+        self._learn_failure(course, failure, sent, now)
         if self._on_failure is not None:
             self._on_failure(course.request, failure, len(course.retries) + 1)
 
-    def _limited(self, course: Course, failure: Failure) -> None:
+    def _learn_usage(self, course: Course, usage: Usage) -> None:
+        self._estimator.learn(course.cost, usage)
+        if course.reserved is not None:
+            prompt, answer = usage.prompt_tokens, usage.completion_tokens
+            spent = Cost(
+                course.cost.requests,
+                course.cost.input if prompt is None else float(prompt),
+                course.cost.output if answer is None else float(answer),
+            )
+            self._departures.lane(course.lane_key).settle(course.reserved, spent)
+
+    def _learn_failure(self, course: Course, failure: Failure, sent: float, now: float) -> None:
+        if failure.status is not None and failure.status < 500:
+            self._outage.answered()
+        else:
+            self._outage.failed(failure, now)
+            course.excused += self._outage.down
+            if (why := self._outage.over(now)) is not None:
+                self.stop(Stop("endpoint", why))
+        if self._adaptive is not None and (failure.kind in ("rate_limit", "overloaded")):
+            self._adaptive.refused(now, sent)
+            self._resize(self._adaptive.level)
+        # A wait beyond --max-wait is not waited for: the run stops, or (--breaker off) only this row is given up.
+        if failure.kind == "rate_limit" and not self._policy.too_long(failure):
+            self._limited(course, failure, now)
+
+    def _limited(self, course: Course, failure: Failure, now: float) -> None:
         """A 429 is news for the lane: close its gate, and say so."""
         lane = self._departures.lane(course.lane_key)
         before = lane.closed_until
-        lane.rate_limited(failure, time.monotonic(), time.time(), random.uniform)
+        self._progress.limited += 1
+        lane.rate_limited(failure, now, now + self._epoch, random.uniform, course.reserved)
+        self._progress.per_minute = lane.per_minute(course.cost)
         if lane.closed_until > before:
             self._progress.gate_until = lane.closed_until
             if self._on_gate is not None:
@@ -424,6 +507,8 @@ class Runner:
         progress.waiting += 1
         course.turn = asyncio.get_running_loop().create_future()
         course.holds_slot = False
+        if self._outage.down:
+            seconds = min(seconds, 1.0)  # the outage's own pauses are what keeps it from leaving
         self._departures.add(course, due=time.monotonic() + seconds)
         self._departures.came_back()
         try:

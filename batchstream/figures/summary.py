@@ -162,6 +162,20 @@ class Distribution(msgspec.Struct, frozen=True):
     refused: dict[str, str]
 
 
+class LimitFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What held the run up. `held_s`: seconds by what the next row waited for: `slots` (all in use), `rpm`, `tpm`,
+    `gate` (closed by a 429), `outage`, `retry`, `held` (the budget), `input` (nobody waited); `refused`: 429s; `slots`:
+    requests at once at the end, and when their number was found out (`adaptive`) its path as [second, slots]; `cost`:
+    money spent by the prices given, earlier runs of the job included."""
+
+    held_s: dict[str, float]
+    refused: int
+    slots: int
+    adaptive: bool
+    levels: list[tuple[float, int]]
+    cost: float | None
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """All figures of a job. The order of fields is the order in the file; counts by name are largest first.
 
@@ -179,6 +193,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tokens: TokenSums
     failed_attempt_tokens: TokenSums
     throughput: Throughput
+    limits: LimitFigures | None = None
     metrics: dict[str, Distribution]
     evidence: Evidence | None
     verdict: Verdict | None
@@ -301,8 +316,8 @@ class Tally:
                 self.new_total_tokens += total_tokens(row.usage) or 0
 
 
-def summary(tally: Tally, run: Run, evidence: Evidence | None = None) -> Summary:
-    """The figures of everything counted so far."""
+def summary(tally: Tally, run: Run, evidence: Evidence | None = None, limits: LimitFigures | None = None) -> Summary:
+    """The figures of everything counted so far; `limits` as the run knows them."""
     typical = tally.durations["ttft_s"].percentile(0.5)
     judged, reasons = verdict(evidence, typical) if evidence is not None else (None, [])
     finished = tally.finish_reasons
@@ -328,6 +343,7 @@ def summary(tally: Tally, run: Run, evidence: Evidence | None = None) -> Summary
         tokens=msgspec.structs.replace(tally.tokens),
         failed_attempt_tokens=msgspec.structs.replace(tally.failed_attempt_tokens),
         throughput=_throughput(tally, run.elapsed_s),
+        limits=limits,
         metrics={name: _distribution(name, sample) for name, sample in tally.durations.items()},
         evidence=evidence,
         verdict=judged,

@@ -15,7 +15,7 @@ from batchstream.connect import Plan, secrets
 from batchstream.engine.progress import Progress
 from batchstream.engine.runner import Stop
 from batchstream.figures.evidence import Evidence
-from batchstream.figures.summary import Run, Summary, Tally, summary
+from batchstream.figures.summary import LimitFigures, Run, Summary, Tally, summary
 from batchstream.files.journal import JournalDir
 from batchstream.files.lock import journal_path
 from batchstream.files.manifest import Final
@@ -111,7 +111,7 @@ class Conclusion:
         if not complete or (stop is not None and stop.cause == "signal"):
             stop = self._clean(stop or Stop("endpoint", "some rows have no result although each was taken in"))
             exit_code = 128 + stop.signal if stop.cause == "signal" else EXIT_OF[stop.cause]
-            figures = self._summary(journal, serving, self._stored(journal), stop, exit_code, progress.total)
+            figures = self._summary(journal, serving, self._stored(journal), stop, exit_code, progress)
             return self._report(journal, exit_code, _stopped(stop, figures), figures, stop=stop)
         total = before + serving.taken
         if total == 0:
@@ -127,7 +127,7 @@ class Conclusion:
 
         self._publishing = True
         final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=observe)
-        figures = self._summary(journal, serving, _Stored(tally, final.duplicates), None, exit_code)
+        figures = self._summary(journal, serving, _Stored(tally, final.duplicates), None, exit_code, progress)
         message = _too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
 
@@ -152,7 +152,7 @@ class Conclusion:
         stored: _Stored,
         stop: Stop | None,
         exit_code: int,
-        total: int | None = None,
+        progress: Progress | None = None,
     ) -> Summary:
         tally = stored.tally
         known = journal.recovered
@@ -162,8 +162,8 @@ class Conclusion:
             pending = 0
         elif serving.exhausted:
             pending = before + serving.taken - tally.rows
-        elif total is not None:
-            pending = total - tally.rows - serving.skipped
+        elif progress is not None and progress.total is not None:
+            pending = progress.total - tally.rows - serving.skipped
         facts = Run(
             started_at=self._started_at,
             ended_at=now_iso(),
@@ -182,7 +182,8 @@ class Conclusion:
             unanswered=stored.unanswered,
             duplicates=stored.duplicates,
         )
-        return summary(tally, facts, serving.evidence if tally.new_rows else None)
+        limits = limit_figures(progress) if progress is not None else None
+        return summary(tally, facts, serving.evidence if tally.new_rows else None, limits)
 
     def _report(
         self,
@@ -204,6 +205,24 @@ class Conclusion:
             published=published,
             warnings=tuple(journal.warnings),
         )
+
+
+LEVELS_TOLD = 50
+"""Points of the path of an adaptive concurrency in a summary."""
+
+
+def limit_figures(progress: Progress) -> LimitFigures:
+    """What a run's counters say about its limits, when it has ended."""
+    levels = progress.levels
+    told = levels[:: max(1, -(-len(levels) // LEVELS_TOLD))]
+    return LimitFigures(
+        held_s={name: round(seconds, 3) for name, seconds in progress.held.items()},
+        refused=progress.limited,
+        slots=progress.slots,
+        adaptive=progress.adaptive,
+        levels=[(round(max(0.0, at - progress.started), 3), level) for at, level in told],
+        cost=progress.cost,
+    )
 
 
 def now_iso() -> str:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from batchstream.connect import Plan, opened, plan, secrets
+from batchstream.connect import Plan, opened, plan, rates_of, secrets, slots_of
 from batchstream.engine.gauges import Gauges, quiet_gc
 from batchstream.engine.progress import Progress
+from batchstream.figures.cost import cost_of
 from batchstream.files.journal import JournalDir
 from batchstream.files.source import Row, Source
 from batchstream.intake import output_of
@@ -114,11 +115,14 @@ class _Run:
                 try:
                     with quiet_gc(), self._watch(progress):
                         gauges.start()
+                        note = self._hooks.on_note or (lambda _: None)
+                        rates = await rates_of(job, self._plan, target, note)
+                        spent = await asyncio.to_thread(_spent_before, journal, self._plan)
                         began = time.monotonic()
                         stop = await run_shard(
                             job, target, journal, self._taken(iter(proven)), proven.take_blocks,
-                            progress, self._control, self._hooks, rpm=self._plan.rpm,
-                            secrets=secrets(job, self._plan),
+                            progress, self._control, self._hooks, rates=rates,
+                            slots=slots_of(job, self._plan), secrets=secrets(job, self._plan), spent=spent,
                         )  # fmt: skip
                         serving.seconds = time.monotonic() - began
                 finally:
@@ -145,6 +149,12 @@ class _Run:
     async def _count_rows(self, source: Source, progress: Progress) -> None:
         """The total for the display, found in the background; a run does not wait for it."""
         progress.total = await asyncio.to_thread(source.count)
+
+
+def _spent_before(journal: JournalDir, plan: Plan) -> float:
+    """What the job's earlier runs have cost; 0.0 where no prices are given."""
+    known = journal.recovered
+    return cost_of((result for _, result in known.results()), plan.prices, plan.model) if plan.prices else 0.0
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -34,17 +34,18 @@ class RetryPolicy(msgspec.Struct, frozen=True):
     max_attempts: int = 5
     max_wait: float = 300.0
 
-    def may_retry(self, failures: list[Failure], waited_for_limit: float) -> bool:
+    def may_retry(self, failures: list[Failure], waited_for_limit: float, excused: int = 0) -> bool:
         """After these failed attempts of a row (the last one just now), is there another?
 
-        `waited_for_limit`: seconds this row has already waited for rate limits.
+        `waited_for_limit`: seconds this row has already waited for rate limits; `excused`: attempts among them that do
+        not count, for the endpoint was down.
         """
         last = failures[-1]
         if not last.retryable or self.too_long(last) or self.max_attempts == 1:
             return False
         if last.kind in _UNCOUNTED:
             return waited_for_limit < RATE_LIMIT_PATIENCE_S
-        return sum(f.kind not in _UNCOUNTED for f in failures) < self.max_attempts
+        return sum(f.kind not in _UNCOUNTED for f in failures) - excused < self.max_attempts
 
     def too_long(self, failure: Failure) -> bool:
         """The server asks for more patience than the user has."""
@@ -64,3 +65,39 @@ def daily_limit(failure: Failure) -> bool:
     """A 429 whose text names the day: not the account's end, only today's (ShuttleAI, Gemini)."""
     words = failure.message.lower()
     return failure.kind == "quota" and failure.status == 429 and ("daily" in words or "per day" in words)
+
+
+BUCKET = 100
+"""Tokens of a lane's retry budget when it is full (gRPC's retry throttling and the SDKs of AWS do the like)."""
+
+RETRY_COSTS, TIMEOUT_COSTS = 5, 10
+"""What a retry takes out; a success that needed it puts the same back, any other success puts back one."""
+
+TRICKLE_S = 0.1
+"""With an empty budget one retry leaves in so many seconds: it is a brake, no row is given up for it."""
+
+
+class RetryBudget:
+    """Retries of one lane, at most a share of its requests: while much fails, retries give way to fresh rows, and a
+    dead backend sees few of either. Waits for a rate limit are no retries in this sense."""
+
+    __slots__ = ("_next", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = float(BUCKET)
+        self._next = 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until a retry may leave."""
+        return 0.0 if self.tokens >= RETRY_COSTS else max(0.0, self._next - now)
+
+    def take(self, now: float, kind: str) -> float:
+        """A retry after a failure of `kind` leaves; what it has taken out."""
+        costs = float(min(self.tokens, TIMEOUT_COSTS if kind == "timeout" else RETRY_COSTS))
+        self.tokens -= costs
+        self._next = now + TRICKLE_S
+        return costs
+
+    def succeeded(self, taken: float) -> None:
+        """A success, for which `taken` had been taken out (0.0: it needed no retry)."""
+        self.tokens = min(float(BUCKET), self.tokens + max(taken, 1.0))

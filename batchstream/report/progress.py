@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -36,6 +36,9 @@ LIVE_EVERY_S = 0.5
 WINDOW_S = 30.0
 """Seconds that the shown rates look back: long enough for slow rows, short enough to show a stall."""
 
+CLOCK_FROM_S = 30.0
+"""A wait of so many seconds is also told as a time of day."""
+
 _BAR = 20
 
 Clock = Callable[[], float]
@@ -44,8 +47,11 @@ Clock = Callable[[], float]
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """One look at a run; the fields of a JSON status line. Seconds and rates per second; None = not known (yet).
 
-    `done`: rows with a result, those of earlier runs included; `eta_s`: at the present rate; `ttft_*`: over the newest
-    `ttft_n` answers; `gate_s`: for so long nothing will be sent.
+    `done`: rows with a result, those of earlier runs included; `eta_s`: at the present rate, or at the limit that holds
+    the run up; `ttft_*`: over the newest `ttft_n` answers; `gate_s`: for so long nothing will be sent, `gate_at`: until
+    this local time; `binding`: what holds up the next row (`engine.departures`); `slots`: requests at once, `adaptive`
+    when their number is being found out; `per_minute`: requests that the known limits allow; `refused`: 429s;
+    `cost`: money spent, by the prices given.
     """
 
     elapsed_s: float
@@ -66,6 +72,13 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     retries_by_kind: dict[str, int]
     gate_s: float | None
     message: str
+    gate_at: str | None = None
+    binding: str = "input"
+    slots: int = 0
+    adaptive: bool = False
+    per_minute: float | None = None
+    refused: int = 0
+    cost: float | None = None
 
 
 class Meter:
@@ -88,6 +101,7 @@ class Meter:
         rows_per_s = round((done - done_then) / span, 3) if span > 0 else None
         recent = sorted(progress.ttft.copy())  # copied at once: the run appends meanwhile
         gate = progress.gate_until
+        gate_s = round(gate - now, 3) if gate is not None and gate > now else None
         return Reading(
             elapsed_s=round(now - progress.started, 3),
             done=progress.resumed + done,
@@ -99,21 +113,32 @@ class Meter:
             retries=progress.retries,
             rows_per_s=rows_per_s,
             tokens_per_s=round((tokens - tokens_then) / span, 3) if span > 0 else None,
-            eta_s=self._eta(done, rows_per_s),
+            eta_s=self._eta(done, rows_per_s, gate_s or 0.0),
             ttft_n=len(recent),
             ttft_p50_s=round(quantile(recent, 0.5), 6) if recent else None,
             ttft_p99_s=round(quantile(recent, 0.99), 6) if len(recent) >= needed_for(0.99) else None,
             failures=_largest_first(progress.failures.copy()),
             retries_by_kind=_largest_first(progress.retry_kinds.copy()),
-            gate_s=round(gate - now, 3) if gate is not None and gate > now else None,
+            gate_s=gate_s,
             message=progress.message,
+            gate_at=None if gate_s is None else f"{datetime.now().astimezone() + timedelta(seconds=gate_s):%H:%M:%S}",
+            binding=progress.binding,
+            slots=progress.slots,
+            adaptive=progress.adaptive,
+            per_minute=progress.per_minute,
+            refused=progress.limited,
+            cost=None if progress.cost is None else round(progress.cost, 6),
         )
 
-    def _eta(self, done: int, rows_per_s: float | None) -> float | None:
-        total = self._progress.total
-        if total is None or not rows_per_s:
+    def _eta(self, done: int, rows_per_s: float | None, gate_s: float) -> float | None:
+        """Where a known limit holds the run up, that limit tells; else the present rate does."""
+        progress = self._progress
+        if progress.total is None:
             return None
-        return round(max(0, total - self._progress.resumed - done) / rows_per_s, 1)
+        left = max(0, progress.total - progress.resumed - done)
+        if progress.per_minute and progress.binding in ("rpm", "tpm", "gate"):
+            return round(left / progress.per_minute * 60 + gate_s, 1)
+        return round(left / rows_per_s, 1) if rows_per_s else None
 
 
 class Quiet:
@@ -304,9 +329,30 @@ def _rates(reading: Reading) -> list[str]:
 
 
 def _binding(reading: Reading) -> list[str]:
-    """What holds the run up just now."""
-    gate = [] if reading.gate_s is None else [f"rate limit: nothing is sent for {duration(reading.gate_s)}"]
-    return gate + ([clean(reading.message)] if reading.message else [])
+    """What holds the run up just now, what it has cost, and what else is to be said."""
+    parts = []
+    if reading.gate_s is not None:
+        until = f" (until {reading.gate_at})" if reading.gate_s >= CLOCK_FROM_S else ""
+        parts.append(f"rate limit: nothing is sent for {duration(reading.gate_s)}{until}")
+    elif (limit := _limit(reading)) is not None:
+        parts.append(f"limit: {limit}")
+    if reading.cost is not None:
+        parts.append(f"cost so far: {reading.cost:.4g}")
+    return parts + ([clean(reading.message)] if reading.message else [])
+
+
+def _limit(reading: Reading) -> str | None:
+    if reading.binding == "slots":
+        return f"concurrency, adaptive at {reading.slots:,}" if reading.adaptive else f"{reading.slots:,} at once"
+    allowed = "" if reading.per_minute is None else f", {reading.per_minute:.4g} allowed"
+    return {
+        "rpm": f"requests a minute{allowed}",
+        "tpm": "tokens a minute",
+        "gate": "a gate that opens by and by",
+        "outage": "the endpoint is down, one request at a time asks whether it is back",
+        "held": "the rest of the budget is on the wire",
+        "retry": "who waits does so for a retry",
+    }.get(reading.binding)
 
 
 def _short(seconds: float) -> str:

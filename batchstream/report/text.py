@@ -116,6 +116,8 @@ def _facts(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         yield "Tokens", list(_tokens(summary.tokens, summary.failed_attempt_tokens))
     if (speed := _speed(summary)) is not None:
         yield "Speed", [speed]
+    if (limits := _limits(summary)) is not None:
+        yield "Limits", limits
     where = [clean(part) for part in (", ".join(summary.models) or run.model, run.endpoint) if part]
     if where:
         yield "Model", [" at ".join(where)]
@@ -149,6 +151,34 @@ def _speed(summary: Summary) -> str | None:
     if speed.total_tokens_per_s is not None:
         rates.append(f"{rate(speed.total_tokens_per_s)} tokens/s")
     return _listed([*rates, f"{speed.rows:,} rows in {duration(elapsed_s)}"])
+
+
+_HELD_BY = {
+    "slots": "slots", "rpm": "requests a minute", "tpm": "tokens a minute", "gate": "429s", "outage": "an outage",
+    "retry": "retries", "held": "the budget",
+}  # fmt: skip
+
+
+def _limits(summary: Summary) -> list[str] | None:
+    """What the rows waited for, the refusals, the path of the concurrency, the cost."""
+    limits = summary.limits
+    if limits is None:
+        return None
+    whole = sum(limits.held_s.values())
+    shares = [
+        f"{_HELD_BY[name]} {_percent(round(seconds * 1000), round(whole * 1000))}"
+        for name, seconds in sorted(limits.held_s.items(), key=lambda item: -item[1])
+        if name in _HELD_BY and seconds >= 0.001 * whole > 0
+    ]
+    parts = [f"share of the time held up by {_listed(shares)}"] if shares else []
+    if limits.refused:
+        parts.append(f"{limits.refused:,} refused (429)")
+    if limits.adaptive and limits.levels:
+        highest = max(level for _, level in limits.levels)
+        parts.append(f"concurrency: began at {limits.levels[0][1]}, adaptive at {limits.slots}, highest {highest}")
+    if limits.cost is not None:
+        parts.append(f"cost {limits.cost:.6g}, all runs of this job together")
+    return parts or None
 
 
 def _closing(summary: Summary) -> Iterator[tuple[str, list[str]]]:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from batchstream.records import Api, Completion, Delta, Failure
+from batchstream.records import Api, Completion, Delta, Failure, RateNews
 from batchstream.wire.chat import ChoicesAssembler
 from batchstream.wire.coding import CodingError, ContentDecoder
 from batchstream.wire.faults import classify, failure, is_error
@@ -29,6 +29,7 @@ from batchstream.wire.refusal import Refusal
 from batchstream.wire.responses import ResponsesAssembler
 from batchstream.wire.sse import MAX_EVENT_BYTES, Event, SSEDecoder
 from batchstream.wire.stencil import Stencil
+from batchstream.wire.waits import rate_news
 
 MAX_BODY_BYTES = 512 << 20
 _RUNS = 2  # so often a read is searched for neighbours that differ in their text alone: the work stays linear
@@ -89,6 +90,7 @@ class Reception:
         self.status: int | None = None
         self.headers: Sequence[tuple[str, str]] = ()
         self.request_id: str | None = None
+        self.rates: RateNews | None = None
         self.saw_done = False
         self.final = False
         self.state: State | None = None
@@ -118,14 +120,19 @@ class Reception:
         self._fast = self._refusal is None and self._may_be_fast
         best = len(_REQUEST_ID_HEADERS)
         coding: str | None = None
+        limited = False
         for name, value in headers:
-            place = _places.get(name.lower())
+            name = name.lower()
+            place = _places.get(name)
             if place is None:
+                limited = limited or "ratelimit" in name
                 continue
             if place == _CODING:
                 coding = value if coding is None else coding
             elif place < best and value:
                 best, self.request_id = place, value
+        if limited:
+            self.rates = rate_news({name.lower(): value for name, value in reversed(headers)})
         if coding is not None:
             decoder = ContentDecoder(coding)
             self._coding = None if decoder.identity else decoder

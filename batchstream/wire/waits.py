@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+
+from batchstream.records import RateNews
 
 _NUMBER = re.compile(r"\+?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _UNITS = {
@@ -49,6 +51,29 @@ def stated_wait(headers: Sequence[tuple[str, str]], body: Any, message: str) -> 
     if wait is None:
         wait = _empty_bucket(fields, now)
     return wait
+
+
+def rate_news(fields: Mapping[str, str]) -> RateNews | None:
+    """The rate-limit headers of a response (names in small letters): x-ratelimit-limit-requests and its kin,
+    Anthropic's anthropic-ratelimit-requests-limit, and the plain x-ratelimit-limit, taken for requests. None: none."""
+    found: dict[str, float] = {}
+    now: datetime | None = None
+    for name, value in fields.items():
+        if "ratelimit" not in name:
+            continue
+        words = name.replace("_", "-").split("-")
+        part = next((word for word in ("limit", "remaining", "reset") if word in words), None)
+        if part is None or "input" in words or "output" in words:
+            continue
+        what = "tokens" if "tokens" in words else "requests"
+        if part == "reset":
+            now = now or http_date(fields.get("date", ""))
+            number = _reset(value.strip(), now)
+        else:
+            number = _number(value.strip())
+        if number is not None:
+            found.setdefault(f"{part}_{what}", number)
+    return RateNews(**found) if found else None
 
 
 def http_date(text: str) -> datetime | None:

@@ -26,10 +26,10 @@ def notes_a_row_when_its_turn_comes() -> None:
     """Long before its request can leave: what is printed after a kill is then more than what was asked."""
     real = runner.Runner._leave
 
-    def leave(self: Any, course: Any) -> None:
+    def leave(self: Any, course: Any) -> bool:
         if course.turn is None:
             self._admit(course)
-        real(self, course)
+        return real(self, course)
 
     runner.Runner._leave = leave  # type: ignore[method-assign]
 

@@ -24,11 +24,12 @@ from scripted import Wire, serving
 
 from batchstream.engine.client import Client, Target
 from batchstream.engine.progress import Progress
-from batchstream.engine.runner import Budget, Runner
+from batchstream.engine.runner import Runner
 from batchstream.net.deadlines import Limits
 from batchstream.net.transport import Transport
-from batchstream.policy.breaker import Breaker
-from batchstream.policy.limits import Lane
+from batchstream.policy.breaker import Breaker, BreakerSettings
+from batchstream.policy.budget import Budget
+from batchstream.policy.limits import Lanes, Rates
 from batchstream.policy.retry import RetryPolicy
 from batchstream.records import InvalidRow, Request, Result
 
@@ -225,8 +226,8 @@ async def ask(
     async with Transport(connect_timeout=limits.connect, path=path, ca_file=ca_file) as transport:  # type: ignore[arg-type]
         runner = Runner(
             Client(transport, Target(f"{base}/v1", "the-secret-key-of-this-test"), limits), notebook, Progress(0.0),
-            concurrency=1, policy=RetryPolicy(ATTEMPTS), lanes=lambda _: Lane(), breaker=Breaker(enabled=False),
-            budget=Budget(),
+            concurrency=1, policy=RetryPolicy(ATTEMPTS), lanes=Lanes(Rates()),
+            breaker=Breaker(BreakerSettings(enabled=False)), budget=Budget(),
         )  # fmt: skip
         assert await asyncio.wait_for(runner.run(rows(), drain_timeout=1), PATIENCE_S) is None
     (result,) = notebook.results
