@@ -90,7 +90,7 @@ def figures_of(out: Path, voice: Voice, *, salvage: bool = False) -> Summary:
         return summary(tally, facts)
     # The run that knew the clock has counted the same rows.
     there = {name: value for name in ("output", "journal") if (value := getattr(facts, name)) is not None}
-    return summary(tally, msgspec.structs.replace(left.run, **there), left.evidence)
+    return summary(tally, msgspec.structs.replace(left.run, **there), left.evidence, left.limits)
 
 
 def _left_by_a_run(directory: Path) -> Summary | None:

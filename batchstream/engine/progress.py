@@ -25,9 +25,10 @@ class Progress:
     `tokens`: completion tokens the endpoint reported, failed attempts included;
     `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
-    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing; `binding`: what holds up the next row
-    (`engine.departures`) since `binding_since`, `held`: seconds spent with each before; `slots`: requests at once that
-    are allowed now, `adaptive` when that is being found out, `levels` its path as (instant, slots); `limited`: 429s;
+    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing;
+    `binding`: what holds up the next row (`engine.departures`) since `binding_since`, `held`: seconds spent with
+    each before; `slots`: requests at once that are allowed now, `adaptive` when that is being found out, `levels` its
+    path as (instant, slots); `limited`: 429s;
     `per_minute`: requests that the known limits allow in a minute, None for any number; `cost`: money spent by the
     prices that were given, earlier runs of the job included, None without prices.
     """
