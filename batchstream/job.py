@@ -116,6 +116,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int | Literal["auto"],
         _opt("limits", "Requests in flight at once; auto finds out how many bring throughput.", metavar="N|auto"),
     ] = "auto"
+    workers: Annotated[
+        int | Literal["auto"],
+        _opt(
+            "limits",
+            "Worker processes that share the limits; auto: one for every 64 slots, by the cores.",
+            metavar="N|auto",
+        ),
+    ] = 1
     plan: Annotated[
         Literal["free", "basic", "premium", "scale"] | None,
         _opt("limits", "ShuttleAI's plan: sets --rpm and --window fixed."),
@@ -254,7 +262,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name}: expected a number above 0, got {value!r}")
-        for name in ("concurrency", "rpm", "tpm", "request_weight"):
+        for name in ("concurrency", "workers", "rpm", "tpm", "request_weight"):
             value = getattr(self, name)
             for number in value.values() if isinstance(value, dict) else (value,):
                 if number not in (None, "auto") and not number > 0:

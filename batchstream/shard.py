@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -38,11 +39,21 @@ Rows = AsyncIterator[list[Request | InvalidRow]]
 class Hooks(msgspec.Struct, frozen=True):
     """What a caller may listen to. `on_durable`: each result once it is on stable storage;
     `on_note`: what a person at the terminal should know now; `on_failure`: each failed attempt, as it
-    happens, with its number among the row's (1 = the first)."""
+    happens, with its number among the row's (1 = the first). For who leads several processes: `on_stored`: rows that
+    are on stable storage now; `on_gate`: a 429 has closed a lane until an instant (`engine.runner`)."""
 
     on_durable: Callable[[Result], None] | None = None
     on_note: Callable[[str], None] | None = None
     on_failure: Callable[[Request, Failure, int], None] | None = None
+    on_stored: Callable[[list[int]], None] | None = None
+    on_gate: Callable[[str, float], None] | None = None
+
+
+class Stoppable(Protocol):
+    """What serves rows: a runner, or the workers of a job."""
+
+    def stop(self, reason: Stop) -> None: ...
+    def abort(self) -> None: ...
 
 
 class Control:
@@ -51,12 +62,12 @@ class Control:
     making of the results."""
 
     def __init__(self) -> None:
-        self._runner: Runner | None = None
+        self._runner: Stoppable | None = None
         self._early: Stop | None = None
         self._stopped = asyncio.Event()
         self.aborted = False
 
-    def bind(self, runner: Runner) -> None:
+    def bind(self, runner: Stoppable) -> None:
         self._runner = runner
         if self._early is not None:
             runner.stop(self._early)
@@ -115,6 +126,7 @@ async def run_shard(
         spill_dir=Path(job.spill_dir) if job.spill_dir else None,
         stop=control.stop,
         on_durable=hooks.on_durable,
+        on_stored=hooks.on_stored,
     )
 
     def note_blocks() -> None:
@@ -127,7 +139,7 @@ async def run_shard(
     try:
         async with transport_for(job, progress.traffic) as transport:
             client = Client(transport, target, limits_of(job))
-            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks.on_failure)
+            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks)
             control.bind(runner)
             async with aclosing(ahead(rows, note_blocks)) as batches:
                 stop = await runner.run(batches, drain_timeout=job.drain_timeout)
@@ -154,7 +166,7 @@ def runner_for(
     rates: Rates,
     slots: int | None,
     spent: float,
-    on_failure: Callable[[Request, Failure, int], None] | None,
+    hooks: Hooks,
 ) -> Runner:
     """A runner with the job's policy; `slots` None: it finds out how many are good."""
     settings = parse_breaker(job.breaker)
@@ -169,7 +181,8 @@ def runner_for(
         budget=budget_of(job, datetime.now().astimezone(), spent),
         prices=parse_prices(job.price),
         outage=Outage(job.max_outage, enabled=settings.enabled),
-        on_failure=on_failure,
+        on_failure=hooks.on_failure,
+        on_gate=hooks.on_gate,
     )
 
 

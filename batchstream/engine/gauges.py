@@ -40,7 +40,7 @@ class Gauges:
 
     def start(self) -> None:
         self._began = time.monotonic()
-        self._cpu_began = _cpu()
+        self._cpu_began = cpu_seconds()
         gc.callbacks.append(self._on_gc)
         self._schedule(asyncio.get_running_loop())
 
@@ -53,7 +53,7 @@ class Gauges:
 
     def evidence(self, traffic: Traffic) -> Evidence:
         elapsed = time.monotonic() - self._began
-        cpu = _cpu() - self._cpu_began
+        cpu = cpu_seconds() - self._cpu_began
         lags = sorted(self._lags)
         return Evidence(
             elapsed_s=elapsed,
@@ -109,6 +109,6 @@ def quiet_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _cpu() -> float:
+def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime

@@ -165,6 +165,11 @@ class Runner:
         self.stop_reason = reason
         self._halt()
 
+    @property
+    def stopped(self) -> bool:
+        """Nothing more is admitted: it was stopped, or it failed."""
+        return self._stopped.is_set()
+
     def _halt(self) -> None:
         self._stopped.set()
         self._place.set()

@@ -39,7 +39,7 @@ class Store:
     """A sink (`engine.runner.Sink`) over one journal segment; `stop` is called when the disk has failed for good.
 
     `secrets` never reach the journal, whatever an endpoint echoes. `on_durable(result)` is told of each result
-    once it is on stable storage.
+    once it is on stable storage, `on_stored(rows)` of the rows that a sync has covered.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Store:
         spill_dir: Path | None = None,
         stop: Callable[[Stop], None],
         on_durable: Callable[[Result], None] | None = None,
+        on_stored: Callable[[list[int]], None] | None = None,
     ) -> None:
         self._segment = segment
         self._progress = progress
@@ -61,6 +62,7 @@ class Store:
         self._spill_dir = spill_dir
         self._stop = stop
         self._on_durable = on_durable
+        self._on_stored = on_stored
         self._unsynced: dict[int, tuple[bool, str, Result | None]] = {}
         self._oldest: float | None = None
         self._wake = asyncio.Event()
@@ -176,6 +178,8 @@ class Store:
 
     def _count(self, rows: list[int]) -> None:
         progress = self._progress
+        if rows and self._on_stored is not None:
+            self._on_stored(rows)
         for row in rows:
             known = self._unsynced.pop(row, None)
             if known is None:

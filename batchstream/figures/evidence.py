@@ -33,6 +33,10 @@ SLIP_P99_MAX_S = 0.005
 """How late a request may leave against its schedule at p99 before the arrivals are no longer the ones asked for."""
 
 
+_WORK = ("cpu_s", "reads", "events", "connections")
+"""Fields of `Evidence` that add up over workers."""
+
+
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """The client's measurements of itself over one run; None = not measured, never 0.
 
@@ -58,6 +62,20 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     connection_wait_mean_s: float | None = None
     connection_wait_max_s: float | None = None
     schedule_slip_p99_s: float | None = None
+
+
+def together(workers: list[Evidence], more_cpu_s: float = 0.0) -> Evidence:
+    """Of several processes: the worst lateness, pause and wait, the busiest one's share of a core, the sums of work.
+    `more_cpu_s`: what the process that leads them used. Raises ValueError for none."""
+    if not workers:
+        raise ValueError("expected the evidence of at least one worker")
+    found: dict[str, float] = {}
+    for name in Evidence.__struct_fields__:
+        known = [value for each in workers if (value := getattr(each, name)) is not None]
+        if known:
+            found[name] = sum(known) if name in _WORK else max(known)
+    found["cpu_s"] = found.get("cpu_s", 0.0) + more_cpu_s
+    return msgspec.convert({**found, "workers": len(workers)}, Evidence)
 
 
 def verdict(evidence: Evidence, typical_ttft_s: float | None = None) -> tuple[Verdict, list[str]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -155,6 +155,16 @@ class JournalDir:
             durability=self._durability,
             disk=self.disk,
         )
+
+    def left_behind(self, rows: Iterable[int]) -> tuple[dict[int, bytes], set[int]]:
+        """Of these rows of a worker that was killed: the results it had stored (durable from now on), and the rows
+        whose request was under way. Blocking; safe beside the other workers."""
+        found = recover(self.path, self.manifest.salt)
+        if self._durability != "os":
+            _sync_leftovers(found, self.disk)
+        rows = list(rows)
+        stored = {row: found.result(row) for row in rows if found.has_outcome(row)}
+        return stored, {row for row in rows if row not in stored and found.admitted(row)}
 
     def proven(self, source: Source) -> ProvenRows:
         """The rows that remain to be done, the input's identity proven as they are read."""

@@ -106,26 +106,37 @@ class Recovered:
         where = self._where[first:last]
         return len(where) - where.count(0)
 
+    def admitted(self, row: int) -> bool:
+        """Whether a request of the row left and no outcome came since."""
+        return row < len(self._open) and self._open[row] == 1
+
+    def result(self, row: int) -> bytes:
+        """The result JSON of one row that has an outcome. Raises DamagedError when it has changed since."""
+        where = self._where[row]
+        state = self.segments[(where >> (_OFFSET_BITS + 1)) - 1]
+        with open(state.path, "rb") as file:
+            return self._read(file, state, record.segment_seed(self.salt, state.path.name), row)
+
+    def _read(self, file: BinaryIO, state: SegmentState, seed: int, row: int) -> bytes:
+        file.seek((self._where[row] >> 1) & ((1 << _OFFSET_BITS) - 1))
+        line = file.readline()
+        found = record.result_of(line) if record.valid_line(seed, line) else None
+        if found is None or found[0] != row:
+            raise DamagedError(
+                f"{state.path}: the record of row {row} changed while it was being read; "
+                "check the disk, then see `report --salvage`"
+            )
+        return found[1]
+
     def results(self) -> Iterator[tuple[int, bytes]]:
         """(row, result JSON) of every row with an outcome, in row order, each checked once more."""
         seeds = [record.segment_seed(self.salt, state.path.name) for state in self.segments]
         files: list[BinaryIO] = [open(state.path, "rb", buffering=1 << 18) for state in self.segments]  # noqa: SIM115
-        mask = (1 << _OFFSET_BITS) - 1
         try:
             for row, where in enumerate(self._where):
-                if not where:
-                    continue
-                index = (where >> (_OFFSET_BITS + 1)) - 1
-                file = files[index]
-                file.seek((where >> 1) & mask)
-                line = file.readline()
-                found = record.result_of(line) if record.valid_line(seeds[index], line) else None
-                if found is None or found[0] != row:
-                    raise DamagedError(
-                        f"{self.segments[index].path}: the record of row {row} changed while it was being read; "
-                        "check the disk, then see `report --salvage`"
-                    )
-                yield found
+                if where:
+                    index = (where >> (_OFFSET_BITS + 1)) - 1
+                    yield row, self._read(files[index], self.segments[index], seeds[index], row)
         finally:
             for file in files:
                 file.close()

@@ -41,11 +41,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving:
-    """Counts of one run's serving: `taken` rows of the input, `skipped` invalid ones left out, `exhausted` once the
-    input was read to its end, `over` when no request is under way any more, `seconds` of the monotonic clock, and the
-    client's `evidence` about itself; `requests` that left, None where none could."""
+    """What the serving of one run's rows came to.
 
-    __slots__ = ("evidence", "exhausted", "over", "requests", "seconds", "skipped", "taken")
+    `taken`: rows of the input, `skipped`: invalid ones left out, `exhausted` once the input was read to its end, `over`
+    when no request is under way any more; `seconds` of the monotonic clock; the client's `evidence` about itself;
+    `requests` that left, None where none could; `taken_over`: rows that were in flight when a worker died and were
+    asked again by another.
+    """
+
+    __slots__ = ("evidence", "exhausted", "over", "requests", "seconds", "skipped", "taken", "taken_over")
 
     def __init__(self) -> None:
         self.taken = 0
@@ -53,6 +57,7 @@ class Serving:
         self.exhausted = False
         self.requests: int | None = None
         self.over = False
+        self.taken_over = 0
         self.seconds = 0.0
         self.evidence: Evidence | None = None
 
@@ -178,7 +183,7 @@ class Conclusion:
             requests=serving.requests,
             resumed=before,
             skipped=serving.skipped,
-            asked_again=known.asked_again,
+            asked_again=known.asked_again + serving.taken_over,
             unanswered=stored.unanswered,
             duplicates=stored.duplicates,
         )

@@ -15,15 +15,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from batchstream.connect import Plan, opened, plan, rates_of, secrets, slots_of
+from batchstream.engine.client import Target
 from batchstream.engine.gauges import Gauges, quiet_gc
 from batchstream.engine.progress import Progress
+from batchstream.engine.runner import Stop
 from batchstream.figures.cost import cost_of
+from batchstream.files.fingerprint import ProvenRows
 from batchstream.files.journal import JournalDir
 from batchstream.files.source import Row, Source
 from batchstream.intake import output_of
 from batchstream.job import Job
+from batchstream.launch.channel import Begin
 from batchstream.launch.conclusion import Conclusion, Report, Serving, now_iso
+from batchstream.launch.loops import loop_factory
 from batchstream.launch.opening import Interrupted, Opening, Skipped
+from batchstream.launch.processes import Pool, worker_count
 from batchstream.launch.signals import listen
 from batchstream.records import InvalidRow
 from batchstream.shard import Control, Hooks, run_shard
@@ -38,7 +44,7 @@ def run(job: Job, *, watch: Watch | None = None, hooks: Hooks | None = None, han
     SIGHUP drains and the second cuts; the caller then dies of `report.stop.signal`.
     Raises `BatchstreamError`s for what keeps a run from starting.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(run_async(job, watch=watch, hooks=hooks, handle_signals=handle_signals))
 
 
@@ -109,30 +115,47 @@ class _Run:
         progress = self._progress = Progress(time.monotonic(), total=None, resumed=journal.recovered.rows_done)
         counting = asyncio.create_task(self._count_rows(source, progress))
         proven = journal.proven(source)
-        gauges = Gauges()
         try:
             async with opened(job, self._plan) as target:
-                try:
-                    with quiet_gc(), self._watch(progress):
-                        gauges.start()
-                        note = self._hooks.on_note or (lambda _: None)
-                        rates = await rates_of(job, self._plan, target, note)
-                        spent = await asyncio.to_thread(_spent_before, journal, self._plan)
-                        began = time.monotonic()
-                        stop = await run_shard(
-                            job, target, journal, self._taken(iter(proven)), proven.take_blocks,
-                            progress, self._control, self._hooks, rates=rates,
-                            slots=slots_of(job, self._plan), secrets=secrets(job, self._plan), spent=spent,
-                        )  # fmt: skip
-                        serving.seconds = time.monotonic() - began
-                finally:
-                    gauges.stop()
-                    serving.evidence = gauges.evidence(progress.traffic)
+                with quiet_gc(), self._watch(progress):
+                    stop = await self._ask(proven, target, journal, progress)
         finally:
             counting.cancel()
             serving.over = True
             serving.requests = progress.requests
         return await asyncio.to_thread(conclusion.after, journal, progress, serving, stop)
+
+    async def _ask(self, proven: ProvenRows, target: Target, journal: JournalDir, progress: Progress) -> Stop | None:
+        """Serve the rows that remain, here or in worker processes, and measure how late we were at that."""
+        job, serving, note = self._job, self._serving, self._hooks.on_note or (lambda _: None)
+        rows = self._taken(iter(proven))
+        rates = await rates_of(job, self._plan, target, note)
+        slots, hidden = slots_of(job, self._plan), secrets(job, self._plan)
+        workers, why = worker_count(job, slots, paced=rates.known)
+        if why:
+            note(why)
+        began = time.monotonic()
+        if workers > 1:
+            pool = Pool(workers, Begin.of(job, target, journal, rates, slots, hidden), journal, progress, self._hooks)
+            self._control.bind(pool)
+            try:
+                stop = await pool.serve(rows, proven.take_blocks)
+            finally:
+                serving.evidence, serving.taken_over = pool.evidence(), pool.asked_again
+        else:
+            spent = await asyncio.to_thread(_spent_before, journal, self._plan)
+            gauges = Gauges()
+            gauges.start()
+            try:
+                stop = await run_shard(
+                    job, target, journal, rows, proven.take_blocks, progress, self._control, self._hooks,
+                    rates=rates, slots=slots, secrets=hidden, spent=spent,
+                )  # fmt: skip
+            finally:
+                gauges.stop()
+                serving.evidence = gauges.evidence(progress.traffic)
+        serving.seconds = time.monotonic() - began
+        return stop
 
     def _taken(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
         """The rows to serve, counted; invalid ones left out when they are to be skipped."""
@@ -155,13 +178,3 @@ def _spent_before(journal: JournalDir, plan: Plan) -> float:
     """What the job's earlier runs have cost; 0.0 where no prices are given."""
     known = journal.recovered
     return cost_of((result for _, result in known.results()), plan.prices, plan.model) if plan.prices else 0.0
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it exists: the largest single gain on paced streams."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory

@@ -10,6 +10,7 @@ from batchstream.figures.evidence import (
     SLIP_P99_MAX_S,
     STALL_MAX_S,
     Evidence,
+    together,
     verdict,
 )
 
@@ -59,3 +60,11 @@ def test_a_client_that_was_not_watched_is_not_trusted():
     judged, reasons = verdict(Evidence(elapsed_s=1.0))
     assert judged == "degraded"
     assert reasons == ["event-loop lag was not measured: take the latencies as upper bounds"]
+
+
+def test_of_several_workers_the_worst_counts_and_the_work_adds_up() -> None:
+    one = Evidence(elapsed_s=10.0, loop_lag_p99_s=0.001, cpu_s=5.0, cpu_share=0.5, reads=100, connections=4)
+    two = Evidence(elapsed_s=12.0, loop_lag_p99_s=0.004, cpu_s=9.0, cpu_share=0.75, reads=50)
+    both = together([one, two], more_cpu_s=1.0)
+    assert (both.workers, both.elapsed_s, both.loop_lag_p99_s, both.cpu_share) == (2, 12.0, 0.004, 0.75)
+    assert (both.cpu_s, both.reads, both.connections, both.events) == (15.0, 150, 4, None)
