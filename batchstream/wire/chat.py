@@ -119,7 +119,7 @@ class ChoicesAssembler:
         self._usage: dict[str, Any] | None = None
         self._extra: dict[str, Any] = {}
         self._all_whole = False
-        self._fingerprint: str | None = None  # of the last chunk that was noted
+        self._said: tuple[str | None, ...] = (None, None, None)  # by the last chunk that was noted
         self._sought = 0  # how often a stencil was sought
 
     # The fast lane
@@ -147,11 +147,7 @@ class ChoicesAssembler:
         slot = self._first or self._slot(0)
         if not self._identified:
             self._identify(chunk.id, chunk.model, chunk.created)
-        if (
-            chunk.system_fingerprint != self._fingerprint
-            or chunk.service_tier is not None
-            or chunk.provider is not None
-        ):
+        if (chunk.system_fingerprint, chunk.service_tier, chunk.provider) != self._said:
             self._note(chunk)
         if chunk.usage is not None and says_something(chunk.usage):
             self._usage = chunk.usage
@@ -190,7 +186,7 @@ class ChoicesAssembler:
         """What a chunk says of the whole response, the last of it counts. Events of a stencil repeat what was said
         in them, so none may be known that says something else."""
         extra = self._extra
-        self._fingerprint = chunk.system_fingerprint
+        self._said = chunk.system_fingerprint, chunk.service_tier, chunk.provider
         for name in ("system_fingerprint", "service_tier", "provider"):
             value = getattr(chunk, name)
             if value is not None and extra.get(name) != value:
@@ -202,7 +198,8 @@ class ChoicesAssembler:
     def add(self, document: dict[str, Any], name: str) -> int:
         brought = NOTHING
         self.was_whole = False
-        self.stencil = self._fingerprint = None
+        self.stencil = None
+        self._said = ()
         choices = document.get("choices")
         if isinstance(choices, dict):
             choices = [choices]
