@@ -68,11 +68,11 @@ def test_a_stream_gives_the_same_with_and_without_stencils(events: list[bytes], 
 
 @pytest.mark.parametrize("events", [
     [event("x", system_fingerprint="a"), event("y", system_fingerprint="b"), event("z", system_fingerprint="a")],
-    [event("x", system_fingerprint="a"), event("y", system_fingerprint="b", other=1), event("z", system_fingerprint="a")],
+    [event("x", system_fingerprint="a"), event("y", system_fingerprint="b", o=1), event("z", system_fingerprint="a")],
     [event("x", provider="p"), event("y", provider="q"), event("z", provider="p"), event("z")],
     [event("x", obfuscation={"content": "x"}), event("x", obfuscation={"content": "no"})],
     [event("x"), event("y", id="d"), event(""), event("z"), event("x", usage={"total_tokens": 3}), event("x")],
-], ids=["another fingerprint", "another fingerprint in full", "another provider", "the key twice", "the rest"])  # fmt: skip
+], ids=["another fingerprint", "… in full", "another provider", "the key twice", "the rest"])  # fmt: skip
 def test_what_an_event_says_beside_its_text_is_not_passed_over(events: list[bytes]) -> None:
     body = b"".join([*events, *END])
     alone = [len(b"".join(events[: place + 1])) for place in range(len(events))]
