@@ -176,7 +176,8 @@ class ChoicesAssembler:
         """The chunk with the usage, as it comes last."""
         if not self._identified:
             self._identify(chunk.id, chunk.model, chunk.created)
-        self._note(chunk)
+        if (chunk.system_fingerprint, chunk.service_tier, chunk.provider) != self._said:
+            self._note(chunk)
         if chunk.usage is not None and says_something(chunk.usage):
             self._usage = chunk.usage
         self.was_whole = False

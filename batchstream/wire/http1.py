@@ -21,12 +21,12 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 Headers = tuple[tuple[str, str], ...]
 
 _FRAMING = frozenset({"connection", "transfer-encoding", "content-length"})
-_FRAMING_LENGTHS = frozenset(map(len, _FRAMING))
 
 # A server says nearly the same in each response: what was checked once is looked up. Bounded, and only short lines.
 _REMEMBERED = 4096
 _sizes: dict[bytes, int] = {}
-_fields: dict[bytes, tuple[str, str]] = {}
+_statuses: dict[bytes, tuple[int, bool]] = {}  # and whether such connections persist unless said otherwise
+_fields: dict[bytes, tuple[tuple[str, str], str]] = {}  # see _field
 _heads: dict[bytes, tuple[int, Headers, bool, int, int]] = {}  # status, headers, persistent, state, rest
 _framings: dict[tuple[object, ...], tuple[bool, int]] = {}  # of chunked messages
 _MAX_REMEMBERED_HEAD = 4096
@@ -150,11 +150,11 @@ class ResponseFramer:
 
     def _parse_head(self, head: bytes) -> int | None:
         lines = head.split(b"\r\n")
-        match = _STATUS.fullmatch(lines[0])
-        if match is None:
+        said = _statuses.get(lines[0]) or _status(lines[0])
+        if said is None:
             self._fail(f"expected an HTTP/1.x status line, got {lines[0][:40]!r}")
             return None
-        self._persistent = match[1] == b"1"
+        status, self._persistent = said
         headers = []
         framing: dict[str, str] = {}
         for line in lines[1:]:
@@ -162,12 +162,13 @@ class ResponseFramer:
             if field is None:
                 self._fail(f"malformed response header {line[:40]!r}")
                 return None
-            headers.append(field)
-            if len(field[0]) in _FRAMING_LENGTHS and (name := field[0].lower()) in _FRAMING:
-                framing[name] = f"{framing[name]},{field[1]}" if name in framing else field[1]
+            header, name = field
+            headers.append(header)
+            if name:
+                framing[name] = f"{framing[name]},{header[1]}" if name in framing else header[1]
         self.headers = tuple(headers)
         self._framing = framing
-        return int(match[2])
+        return status
 
     def _values(self, name: str) -> list[str]:
         """All comma-separated members of a header that is about framing, in lower case."""
@@ -334,12 +335,26 @@ def _chunk_size(line: bytes) -> int:
     return size
 
 
-def _field(line: bytes) -> tuple[str, str] | None:
-    """Name and value of a header line, or None when it is none."""
+def _status(line: bytes) -> tuple[int, bool] | None:
+    """The status, and whether the version lets the connection persist; None for what is no status line."""
+    match = _STATUS.fullmatch(line)
+    if match is None:
+        return None
+    said = int(match[2]), match[1] == b"1"
+    if len(line) <= 128 and len(_statuses) < _REMEMBERED:
+        _statuses[line] = said
+    return said
+
+
+def _field(line: bytes) -> tuple[tuple[str, str], str] | None:
+    """A header line's name and value; and its name in lower case if it is about framing, else "". None for what is
+    no header line."""
     match = _FIELD.fullmatch(line)
     if match is None:
         return None
-    field = (match[1].decode("ascii"), match[2].decode("utf-8", "surrogateescape"))
+    header = (match[1].decode("ascii"), match[2].decode("utf-8", "surrogateescape"))
+    name = header[0].lower()
+    field = (header, name if name in _FRAMING else "")
     if len(line) <= 128 and len(_fields) < _REMEMBERED:
         _fields[line] = field
     return field

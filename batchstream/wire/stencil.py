@@ -48,9 +48,9 @@ class Stencil:
     def run(self, payloads: list[bytes]) -> tuple[str, int]:
         """The text of the first of `payloads`, as many as are of this stencil and have text, and their number.
         None of them holds a newline."""
-        joined = b"\n".join(payloads)
-        if not joined.startswith(self._before):
+        if not payloads[0].startswith(self._before):
             return "", 0
+        joined = b"\n".join(payloads)
         pieces = joined[len(self._before) :].split(self._joint)
         # Behind the last text is the rest of its payload, and perhaps payloads of another form.
         last = pieces[-1]
