@@ -40,10 +40,12 @@ class Exchange:
     """`depart` is called when everything is ready, just before the request is written (what it raises keeps the request
     from leaving); `sent`: when writing began, None until then. `settled`: the fast path's future, `task`: the public
     path's task; one of them is there for the sweeper to end. `broken`: why no response came, `garbage`: what came
-    instead of HTTP; `expired`: which limit was passed; `reads`: how many brought a part of the response."""
+    instead of HTTP, `unspoken`: or HTTP that the fast path does not speak; `expired`: which limit was passed; `reads`:
+    how many brought a part of the response."""
 
     __slots__ = (
         "broken", "depart", "expired", "garbage", "limits", "reads", "reception", "redirect", "sent", "settled", "task",
+        "unspoken",
     )  # fmt: skip
 
     def __init__(self, reception: Reception, limits: Limits, depart: Callable[[], object] | None = None) -> None:
@@ -54,6 +56,7 @@ class Exchange:
         self.sent: float | None = None
         self.broken: str | None = None
         self.garbage: str | None = None
+        self.unspoken = False
         self.redirect: Failure | None = None
         self.expired: str | None = None
         self.settled: asyncio.Future[None] | None = None

@@ -76,12 +76,13 @@ class StreamProtocol(aiohttp_private.ResponseHandler):
         reception = exchange.reception
         exchange.reads += 1
         body = framer.feed(data)
-        if reception.status is None and framer.status is not None:
+        if reception.status is None and framer.status is not None and not framer.unspoken:
             exchange.redirect = redirect(framer.status, framer.headers)
             reception.head(framer.status, framer.headers, now)
         if body and not reception.final:
             reception.feed(body, now)
         if framer.error is not None:
+            exchange.unspoken = framer.unspoken
             if reception.status is None:
                 exchange.garbage = framer.error
             elif not reception.final:

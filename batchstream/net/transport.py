@@ -5,9 +5,10 @@ on arrival, into a `wire.reception.Reception`, which says when enough has been r
 the way ends in a `Failure` value; nothing is raised but cancellation.
 
 Two paths, one behaviour: the fast one (`net.fast`) for everything direct, aiohttp's public `ClientSession` for
-proxies and for releases of aiohttp that the fast one does not know. For both: no limit on connections (the
-engine bounds concurrency; aiohttp's default of 100 would queue requests unseen, inside somebody's TTFT); no
-redirects; proxies from the environment only when asked; `Accept-Encoding: identity` (a compressor that does
+proxies, for releases of aiohttp that the fast one does not know, and for an address whose answers come in a transfer
+coding that the fast one does not speak (the request that found out is retried like any other). For both: no limit
+on connections (the engine bounds concurrency; aiohttp's default of 100 would queue requests unseen, inside somebody's
+TTFT); no redirects; proxies from the environment only when asked; `Accept-Encoding: identity` (a compressor that does
 not flush holds tokens back), but what comes compressed is decoded by the reception; no cookies.
 """
 
@@ -59,12 +60,11 @@ class Transport:
         self._sweeper: asyncio.TimerHandle | None = None
         self._fast: FastPath | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._foreign: set[yarl.URL] = set()  # where answers came that the fast path does not speak
 
     async def __aenter__(self) -> Transport:
         if self._use_fast:
             self._fast = FastPath(self._tls, self._timeout, self.traffic)
-        else:
-            self._session = self._public_session()
         self._sweep()
         return self
 
@@ -95,7 +95,7 @@ class Transport:
         exchange = Exchange(reception, limits, depart)
         self._live.add(exchange)
         try:
-            if self._fast is not None:
+            if self._fast is not None and url not in self._foreign:
                 failure = await self._fast.stream(exchange, url, headers, body)
             else:
                 failure = await self._public(exchange, url, headers, body)
@@ -107,6 +107,8 @@ class Transport:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = self._broken(exchange, error)
         finally:
+            if exchange.unspoken:
+                self._foreign.add(url)
             self._live.discard(exchange)
             self.traffic.reads += exchange.reads
             self.traffic.events += reception.events
@@ -121,7 +123,8 @@ class Transport:
         self, exchange: Exchange, url: yarl.URL, headers: Mapping[str, str], body: bytes
     ) -> Failure | None:
         """The same over aiohttp's public interface. Stamps are those of the reading coroutine."""
-        assert self._session is not None  # noqa: S101  (made on entry)
+        if self._session is None:
+            self._session = self._public_session()
         reception = exchange.reception
         exchange.task = asyncio.current_task()
         if exchange.depart is not None:

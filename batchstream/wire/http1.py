@@ -39,7 +39,8 @@ class ResponseFramer:
     """Frames one response.
 
     After each `feed`: `status` and `headers` are set once the head is complete (1xx heads are skipped);
-    `complete` once the message has ended; `error` says what was not HTTP. `reusable` tells whether the
+    `complete` once the message has ended; `error` says what was not HTTP, or (`unspoken`) HTTP of a kind that is not
+    framed here. `reusable` tells whether the
     connection may carry another request.
     """
 
@@ -54,6 +55,7 @@ class ResponseFramer:
         "headers",
         "status",
         "surplus",
+        "unspoken",
     )
 
     def __init__(self) -> None:
@@ -61,6 +63,7 @@ class ResponseFramer:
         self.headers: Headers = ()
         self.complete = False
         self.error: str | None = None
+        self.unspoken = False
         self.surplus = False
         self._framing: dict[str, str] = {}
         self._state = _HEAD
@@ -198,6 +201,7 @@ class ResponseFramer:
             self._finish()
         elif codings:
             if codings != ["chunked"]:
+                self.unspoken = True
                 self._fail(f"transfer coding {', '.join(codings)!r} is not supported")
             if lengths:  # RFC 9112 6.3: the coding wins, and the connection is not to be trusted further
                 self._persistent = False
