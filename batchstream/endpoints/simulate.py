@@ -130,6 +130,7 @@ class Simulator:
         self._tokens = self.config.token_range
         self._gate = Gate(self.config)
         self._connections: set[_Connection] = set()
+        self._answering: set[int] = set()  # ordinals of the requests that were admitted and are not over
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Bind, begin to serve and give the base URL. Port 0 takes a free one. Raises `UsageError`
@@ -230,7 +231,7 @@ class Simulator:
             mark=request.headers.get(self.config.mark_header.lower()),
         )
         self.ledger.add(entry)
-        exchange = Exchange(connection, entry, request.keep_alive, self.ledger.close)
+        exchange = Exchange(connection, entry, request.keep_alive, self._over)
         headers = {"x-request-id": f"req_{digest:016x}"}
         api = PATHS.get(request.target)
         try:
@@ -240,6 +241,7 @@ class Simulator:
             exchange.steps = self._refuse(exchange, api, refusal, headers)
             return exchange
         headers |= self._gate.headers(entry.received_wall)
+        self._answering.add(entry.ordinal)
         attempt = self.ledger.admit(digest)
         chance = chance_of(self.config.seed, digest, attempt)
         fault = self._faults.choose(entry.ordinal, request.body, attempt, chance.random())
@@ -247,6 +249,10 @@ class Simulator:
         pace = Pace(entry.received_at, self._ttft, self._gap, self.config.jitter, chance)
         exchange.steps = self._steps(exchange, ask, digest, pace, fault, headers)
         return exchange
+
+    def _over(self, entry: Entry) -> None:
+        self._answering.discard(entry.ordinal)
+        self.ledger.close(entry)
 
     def _admit(self, api: Api | None, request: HttpRequest, body: Any, entry: Entry) -> Ask:
         """Key, path, body, limits, in this order. Raises `Refusal`."""
@@ -259,6 +265,8 @@ class Simulator:
             raise Refusal(404, f"There is nothing at {request.target}", "invalid_request_error", 404)
         ask = understand(api, body, self.config)
         entry.model, entry.stream = ask.model, ask.stream
+        if self.config.at_once is not None and len(self._answering) >= self.config.at_once:
+            raise Refusal(429, "Too many requests at once.", "rate_limit_error", 429)
         self._gate.admit(ask, entry.received_wall)
         return ask
 

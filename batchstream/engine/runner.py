@@ -420,7 +420,7 @@ class Runner:
             progress.in_flight -= 1
         course.on_wire = False
         usage = attempt.completion.usage if attempt.completion is not None else None
-        spending.ended(course.lane_key, course.cost, usage)
+        spending.ended(course.lane_key, course.cost, usage, 0 if attempt.failure else attempt.timing.chunks)
         progress.requests += attempt.timing.sent is not None
         self._learn(course, attempt, usage)
         return attempt
@@ -441,10 +441,10 @@ class Runner:
             progress.tokens += usage.completion_tokens or 0
             if self._counts_tokens:
                 self._learn_usage(course, usage)
-            if self._spending.prices:
-                progress.cost = self._spending.cost
-            if (why := self._spending.used_up()) is not None:
-                self.stop(Stop("budget", why))
+        if self._spending.prices:
+            progress.cost = self._spending.cost
+        if (why := self._spending.used_up()) is not None:
+            self.stop(Stop("budget", why))
         if attempt.rates is not None and reserved is not None:
             lane.learn(attempt.rates, now, reserved)
         if failure is None:

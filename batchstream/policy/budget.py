@@ -113,15 +113,19 @@ class Spending:
         self.expected_tokens += cost.input + cost.output
         self.expected_cost += self._estimate(model, cost)
 
-    def ended(self, model: str, cost: Cost, usage: Usage | None) -> None:
-        """A request is off the wire; what failed without a usage is not known to have cost anything."""
+    def ended(self, model: str, cost: Cost, usage: Usage | None, events: int = 0) -> None:
+        """A request is off the wire. Of an answer without a usage its `events` with output stand for its tokens, and
+        the estimate for its prompt's; a failure without one (no `events`) is not known to have cost anything."""
         self._on_wire -= 1
         self.expected_tokens -= cost.input + cost.output
         self.expected_cost -= self._estimate(model, cost)
-        if usage is not None:
-            self.tokens += usage.total_tokens or 0
-            if (price := price_of(self.prices, model)) is not None:
-                self.cost += price.of(usage)
+        if usage is None and events:
+            usage = Usage(round(cost.input), events, round(cost.input) + events)
+        if usage is None:
+            return
+        self.tokens += usage.total_tokens or 0
+        if (price := price_of(self.prices, model)) is not None:
+            self.cost += price.of(usage)
 
     def used_up(self) -> str | None:
         """The reason to stop, when a cap is reached."""

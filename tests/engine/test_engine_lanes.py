@@ -2,74 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
 
 import pytest
+from rowsrun import asked, go
 
 from batchstream.endpoints.simulate import SimulateConfig, Simulator
-from batchstream.engine.client import Client, Target
-from batchstream.engine.progress import Progress
 from batchstream.engine.runner import Runner
-from batchstream.net.deadlines import Limits
-from batchstream.net.transport import Transport
-from batchstream.policy.breaker import Breaker
-from batchstream.policy.budget import Budget
-from batchstream.policy.limits import Lanes, Rates, rolling
-from batchstream.policy.retry import RetryPolicy
-from batchstream.records import InvalidRow, Request, Result
-
-NONE = Rates()
-
-
-class Notebook:
-    """A sink (engine.runner.Sink) that keeps the results."""
-
-    def __init__(self) -> None:
-        self.results: list[Result] = []
-
-    async def room(self) -> None: ...
-    def admit(self, request: Request) -> bool:
-        return True
-
-    def gave_up(self, request: Request, *, maybe_billed: bool) -> None: ...
-
-    def done(self, row: Request | InvalidRow, result: Result) -> None:
-        self.results.append(result)
-
-
-def asked(row: int, model: str = "sim") -> Request:
-    messages = [{"role": "user", "content": f"question {row}"}]
-    return Request(row, str(row), "chat", {"model": model, "messages": messages, "stream": True}, row)
-
-
-async def in_one_batch(rows: list[Request]) -> AsyncIterator[list[Request | InvalidRow]]:
-    yield list(rows)
-
-
-async def go(
-    simulator: Simulator,
-    rows: list[Request],
-    *,
-    rates: Rates = NONE,
-    concurrency: int = 8,
-    meanwhile: Callable[[Runner], object] = lambda _: None,
-    on_gate: Callable[[str, float], None] | None = None,
-) -> list[Result]:
-    notebook = Notebook()
-    async with Transport() as transport:
-        client = Client(transport, Target(await simulator.start()), Limits())
-        runner = Runner(
-            client, notebook, Progress(0.0), concurrency=concurrency, policy=RetryPolicy(), lanes=Lanes(rates),
-            breaker=Breaker(), budget=Budget(), on_gate=on_gate,
-        )  # fmt: skip
-        running = asyncio.ensure_future(runner.run(in_one_batch(rows), drain_timeout=1))
-        await asyncio.sleep(0)
-        meanwhile(runner)
-        assert await asyncio.wait_for(running, 60) is None
-    await simulator.stop()
-    return notebook.results
+from batchstream.policy.limits import Rates, rolling
 
 
 async def test_a_narrow_lane_holds_up_no_other() -> None:

@@ -46,6 +46,7 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         key_statuses  keys that are always refused, and the status they get
         plan          ShuttleAI's plans: sets requests a minute, `free` may not use shuttleai/auto
         rpm, tpm, rpd requests and tokens a minute, requests a day; rpm wins over the plan's
+        at_once       requests in flight beyond which the next one gets a 429 without a stated wait
         speedup       a minute of the rate windows lasts 60/speedup seconds
         window_phase  None: windows begin with the wall-clock minute; else seconds they begin after it
         retry_after   what a 429 of the rate windows states: none, seconds, ms (retry-after-ms) or date
@@ -74,6 +75,7 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rpm: float | None = None
     tpm: float | None = None
     rpd: float | None = None
+    at_once: int | None = None
     speedup: float = 1.0
     window_phase: float | None = None
     retry_after: Literal["none", "seconds", "ms", "date"] = "none"
@@ -87,7 +89,7 @@ class SimulateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         parse_distribution(self.gap, "gap")
         _ = self.token_range
         parse_faults(self.faults)
-        for name in ("burst", "speedup", "context_length", "rpm", "tpm", "rpd", "ledger_limit"):
+        for name in ("burst", "speedup", "context_length", "rpm", "tpm", "rpd", "at_once", "ledger_limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name}: expected a number above 0, got {value!r}")
