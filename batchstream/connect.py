@@ -101,6 +101,13 @@ def _speedup(job: Job) -> float:
     return make_config(job.sim).speedup
 
 
+def known_rates(job: Job, plan: Plan) -> Rates:
+    """The limits as far as they are known without asking anybody: with the models' weights that an earlier run kept."""
+    limits, base_url = plan.provider.limits, plan.provider.base_url
+    table = multipliers.cached(base_url) if limits.multipliers and base_url and job.request_weight is None else None
+    return msgspec.structs.replace(plan.rates, weights=table) if table else plan.rates
+
+
 async def rates_of(job: Job, plan: Plan, target: Target, note: Callable[[str], None]) -> Rates:
     """The limits to keep, with the models' weights where the endpoint tells them, and the minute's phase. `note` hears
     of what could not be learnt."""

@@ -22,18 +22,20 @@ from batchstream.cli.options import JobCommand, job_of, job_params
 from batchstream.cli.voice import Voice, emit, one_line
 from batchstream.errors import BatchstreamError, InputError, LockedError, StorageError, UsageError
 from batchstream.job import Job
+from batchstream.policy.budget import UNKNOWN_ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from batchstream.cli.survey import Survey
     from batchstream.connect import Plan
     from batchstream.files.manifest import Manifest
     from batchstream.files.source import Source
+    from batchstream.policy.estimate import Estimate
 
 HELP = """Check SOURCE and all options as `run` would, without sending a prompt.
 
-Counts rows, names the bad ones, looks for ids that come twice, estimates tokens and time, and says whether key and
-output are in order. Takes the flags of `run`. The exit code is the one with which a run would end at once;
-10 for bad rows that --invalid and --max-failures do not allow for; 0 when all is well.
+Counts rows, names the bad ones, looks for ids that come twice, estimates requests, tokens, cost and time, and says
+whether key and output are in order. Takes the flags of `run`. The exit code is the one with which a run would end at
+once; 10 for bad rows that --invalid and --max-failures do not allow for; 0 when all is well.
 """
 
 EXAMPLES = """
@@ -48,7 +50,8 @@ ASSUMED_ANSWER_S = 5.0
 _T = TypeVar("_T")
 
 
-def _check(ctx: click.Context, source: str, ping: bool) -> int:
+def check(ctx: click.Context, source: str, ping: bool) -> int:
+    """Look at everything, tell it on stdout; the exit code with which a run would end at once, or 0."""
     from batchstream.connect import plan
 
     job = job_of(ctx, source)
@@ -75,7 +78,7 @@ command = JobCommand(
         click.Option(["--ping"], is_flag=True, help="Also ask the endpoint for its models (GET /models)."),
         *job_params(),
     ],
-    callback=click.pass_context(lambda ctx, source, ping, **_: _check(ctx, source, ping)),
+    callback=click.pass_context(lambda ctx, source, ping, **_: check(ctx, source, ping)),
 )
 
 
@@ -187,6 +190,8 @@ def _goes_on(job: Job, plan: Plan, source: Source, journal: Path, kept: Manifest
 def _rows(job: Job, plan: Plan, source: Source, card: Card) -> None:
     """Tell about the rows. Raises InputError for more bad ones than a run may have, UsageError for a missing model."""
     from batchstream.cli.survey import survey
+    from batchstream.connect import known_rates
+    from batchstream.policy.estimate import estimate
 
     found = survey(source)
     card.say("Rows", f"{found.rows:,}" + (f", {found.invalid:,} of them malformed" if found.invalid else ""))
@@ -198,8 +203,15 @@ def _rows(job: Job, plan: Plan, source: Source, card: Card) -> None:
         examples = ", ".join(found.duplicate_ids)
         card.say("Ids", f"{found.duplicates:,} rows have the id of an earlier one: {examples}; their numbers differ")
     if found.valid:
+        rates = known_rates(job, plan)
+        rows = {**found.models, "": found.valid - found.models.total()}
+        answers = found.answer_tokens + (found.valid - found.limited) * UNKNOWN_ANSWER_TOKENS
+        expected = estimate({k: n for k, n in rows.items() if n}, found.tokens, answers, rates, plan.prices)
+        card.say("Requests", _requests(found.valid, expected))
         card.say("Tokens", _tokens(found))
-        card.say("Time", _time(job, plan, found.valid))
+        if plan.prices:
+            card.say("Cost", _cost(job, found, expected))
+        card.say("Time", _time(job, plan, found.valid, expected))
     if found.valid and found.without_model:
         raise UsageError(f"{found.without_model:,} rows name no model; give one with --model")
     allowed = {"fail": 0, "record": job.max_failures, "skip": found.rows}[job.invalid]
@@ -216,7 +228,25 @@ def _tokens(found: Survey) -> str:
     return text
 
 
-def _time(job: Job, plan: Plan, rows: int) -> str:
+def _requests(rows: int, expected: Estimate) -> str:
+    weighted = (
+        "" if expected.requests == rows else f"; they count for {expected.requests:,.4g} by their models' weights"
+    )
+    return f"{rows:,}, retries apart{weighted}"
+
+
+def _cost(job: Job, found: Survey, expected: Estimate) -> str:
+    if expected.cost is None:
+        return "unknown: there is no price for some of the models"
+    text = f"about {expected.cost:,.4g}, were each answer as long as it may be"
+    if found.limited < found.valid:
+        text += f", and of {UNKNOWN_ANSWER_TOKENS:g} tokens where no row says"
+    if job.max_cost is not None and job.max_cost < expected.cost:
+        text += f"; --max-cost {job.max_cost:g} stops before"
+    return text
+
+
+def _time(job: Job, plan: Plan, rows: int, expected: Estimate) -> str:
     from batchstream.connect import slots_of
     from batchstream.policy.concurrency import START
     from batchstream.report.text import duration
@@ -224,10 +254,10 @@ def _time(job: Job, plan: Plan, rows: int) -> str:
     slots = slots_of(job, plan) or START
     busy_s = rows * ASSUMED_ANSWER_S / slots
     guess = f"{duration(busy_s)} if an answer takes {ASSUMED_ANSWER_S:g} s, {slots} at a time"
-    if plan.rpm is not None:
-        return f"at least {duration(rows / plan.rpm * 60)} at {plan.rpm:g} requests a minute; {guess}"
+    if expected.seconds is not None:
+        return f"at least {duration(expected.seconds)} at {expected.narrowest}; {guess}"
     plans = ", ".join(f"{name} {duration(rows / rpm * 60)}" for name, rpm in plan.provider.limits.plans.items())
-    return guess + (f"; by {plan.provider.name}'s plan (--rpm): {plans}" if plans else "")
+    return guess + (f"; by {plan.provider.name}'s plan (--plan): {plans}" if plans else "")
 
 
 def _ping(job: Job, plan: Plan) -> str:

@@ -35,6 +35,8 @@ EXAMPLES = """
 batchstream run prompts.jsonl -o results.jsonl
 batchstream run articles.parquet --template 'Summarise: {text}' --keep id,title
 batchstream run prompts.jsonl --provider openai --model gpt-4o-mini --param temperature=0 --concurrency 32
+batchstream run prompts.jsonl --plan premium --deadline 06:00
+batchstream run prompts.jsonl --price in=0.15,out=0.6 --max-cost 5 --dry-run
 batchstream run job.toml --rpm 30 --max-time 3600
 batchstream run prompts.jsonl --provider sim --sim ttft=0.2 --sim gap=0.01
 """
@@ -43,7 +45,11 @@ NOTES_MAX = 10_000
 """Notes that may wait for a slow terminal before the newest are left out."""
 
 
-def _run(ctx: click.Context, source: str) -> int:
+def _run(ctx: click.Context, source: str, dry_run: bool) -> int:
+    if dry_run:
+        from batchstream.cli.check import check
+
+        return check(ctx, source, ping=False)
     from batchstream.launch.here import run
     from batchstream.shard import Hooks
 
@@ -61,8 +67,14 @@ command = JobCommand(
     "run",
     help=HELP,
     examples=EXAMPLES,
-    params=[click.Argument(["source"]), *job_params()],
-    callback=click.pass_context(lambda ctx, source, **_: _run(ctx, source)),
+    params=[
+        click.Argument(["source"]),
+        click.Option(
+            ["--dry-run"], is_flag=True, help="Send nothing: check it all, estimate requests, tokens, cost and time."
+        ),
+        *job_params(),
+    ],
+    callback=click.pass_context(lambda ctx, source, dry_run, **_: _run(ctx, source, dry_run)),
 )
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -349,10 +351,12 @@ class Runner:
         elif self._breaker.enabled and self._policy.too_long(failure):
             self._keep_pending(course)
             asked = f"the endpoint asks to wait {failure.retry_after:.0f} s, more than --max-wait"
-            self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}: {failure.message}"))
+            back = f"go on at {self._date(attempt, failure.retry_after or 0.0)}"
+            self.stop(Stop("budget", f"{asked} {self._policy.max_wait:.0f}; {back}: {failure.message}"))
         elif self._breaker.enabled and daily_limit(failure):
             self._keep_pending(course)
-            self.stop(Stop("budget", f"the provider's daily limit is used up: {failure.message}"))
+            back = f"go on at {self._date(attempt, failure.retry_after)}"
+            self.stop(Stop("budget", f"the provider's daily limit is used up; {back}: {failure.message}"))
         elif self._breaker.enabled and failure.kind in NOT_THE_ROWS:
             self._refused.append((course, attempt))
             if (reason := self._breaker.refused(failure)) is not None:
@@ -361,6 +365,15 @@ class Runner:
             self._finish(course, attempt)
             if (reason := self._breaker.row_failed(failure)) is not None:
                 self.stop(Stop("endpoint", reason))
+
+    def _date(self, attempt: Attempt, wait: float | None) -> str:
+        """When the same command can go on (ISO 8601, local): `wait` seconds after an attempt; where the endpoint names
+        no wait for its day, when the next day of UTC begins."""
+        ended = datetime.fromtimestamp(self._epoch + (attempt.timing.ended or time.monotonic()), UTC)
+        if wait is None:
+            tomorrow = datetime(ended.year, ended.month, ended.day, tzinfo=UTC) + timedelta(days=1)
+            return f"{tomorrow.astimezone().isoformat(timespec='seconds')} (midnight UTC, as it named no time)"
+        return (ended + timedelta(seconds=math.ceil(wait))).astimezone().isoformat(timespec="seconds")
 
     def _keep_pending(self, course: Course, *, maybe_billed: bool = False) -> None:
         """Of what was never admitted the sink knows nothing."""

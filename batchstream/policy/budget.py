@@ -40,8 +40,9 @@ class Price(msgspec.Struct, frozen=True):
         dear = (prompt - cached) * self.input + (usage.completion_tokens or 0) * self.output
         return (dear + cached * (self.input if self.cached is None else self.cached)) / MILLION
 
-    def estimate(self, cost: Cost) -> float:
-        return (cost.input * self.input + cost.output * self.output) / MILLION
+    def tokens(self, prompt: float, answer: float) -> float:
+        """What so many tokens cost, none of them cached."""
+        return (prompt * self.input + answer * self.output) / MILLION
 
 
 Prices = dict[str, Price]
@@ -140,7 +141,7 @@ class Spending:
 
     def _estimate(self, model: str, cost: Cost) -> float:
         price = price_of(self.prices, model)
-        return price.estimate(cost) if price is not None else 0.0
+        return price.tokens(cost.input, cost.output) if price is not None else 0.0
 
 
 class Estimator:
