@@ -29,6 +29,7 @@ TEXTS = {
     "rpm": ("N", "Requests a minute."),
     "tpm": ("N", "Tokens a minute."),
     "rpd": ("N", "Requests a day."),
+    "at_once": ("N", "Requests in flight beyond which the next one gets a 429."),
     "speedup": ("X", "A minute of the rate windows lasts 60/X seconds."),
     "window_phase": ("S", "Rate windows begin S seconds after the wall-clock minute."),
     "retry_after": ("FORM", "What a 429 of the rate windows states: none, seconds, ms or date."),

@@ -29,6 +29,8 @@ if importlib.util.find_spec("llmock") is None:
 
 LLMOCK = [sys.executable, "-c", "from llmock.cli import app; app()"]
 
+ANSWERS = ("--param", "max_tokens=50")
+
 # Model → what happens to its requests, attempts that the row must have had, and how it must end.
 Scenarios = dict[str, tuple[dict[str, Any], int, str]]
 
@@ -54,14 +56,18 @@ FAULTS: Scenarios = {
 @pytest.fixture
 def llmock(tmp_path: Path) -> Iterator[str]:
     """Address of a mock that paces its streams: what it sends in one go, it takes for read."""
+    yield from serving(tmp_path, "--stream-chunk-delay-ms", "100")
+
+
+def serving(folder: Path, *flags: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    serve = [*LLMOCK, "serve", "--port", port, "--log-level", "error", "--stream-chunk-delay-ms", "100"]
-    with (tmp_path / "llmock.log").open("wb") as log:
-        server = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path)
+    serve = [*LLMOCK, "serve", "--port", port, "--log-level", "error", *flags]
+    with (folder / "llmock.log").open("wb") as log:
+        server = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=folder)
     try:
-        wait_for(server, f"http://127.0.0.1:{port}/health", tmp_path / "llmock.log")
+        wait_for(server, f"http://127.0.0.1:{port}/health", folder / "llmock.log")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
@@ -105,3 +111,37 @@ def test_the_mock_has_nothing_to_find_fault_with(llmock: str, scenarios: Scenari
     assert verdict["findings"] == []
     assert verdict["attempts"] == sum(attempts for attempts, _ in found.values())
     assert report.returncode == 0
+
+
+@pytest.fixture
+def limited(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of a mock with rate limits, as its flags say."""
+    yield from serving(tmp_path, *request.param)
+
+
+@pytest.mark.parametrize(
+    ("limited", "rows", "flags"),
+    [  # the mock's minute lasts a minute: those that wait for one are long
+        pytest.param(("--rpm", "90"), 100, (), id="rpm unknown", marks=pytest.mark.sweep),
+        pytest.param(("--rpm", "90"), 100, ("--rpm", 90), id="rpm known", marks=pytest.mark.sweep),
+        pytest.param(("--tpm", "3000"), 40, ANSWERS, id="tpm unknown", marks=pytest.mark.sweep),
+        pytest.param(("--tpm", "3000"), 40, (*ANSWERS, "--tpm", 3000), id="tpm known"),
+    ],
+    indirect=["limited"],
+)
+def test_the_mocks_rate_limits_are_lived_with(
+    limited: str, rows: int, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Tell me {i} things, please."}) + "\n" for i in range(rows)))
+    done = batchstream("run", source, "-o", "out.jsonl", "--base-url", f"{limited}/v1", "--model", "gpt-4o",
+                       "--no-progress", *flags, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {row["status"] for row in rows_of(tmp_path / "out.jsonl")} == {"ok"}
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    print(f"{flags}: {summary['limits']['refused']} refused, {summary['run']['elapsed_s']} s")  # noqa: T201
+    report = subprocess.run(
+        [*LLMOCK, "report", "--strict", "--json", "--url", limited], env=environment(), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert json.loads(report.stdout)["findings"] == []
