@@ -6,7 +6,7 @@ key, usage, tool calls, logprobs, an error), because dropping a field silently w
 What it refuses goes down the full lane. Both give the same result; a test replays the corpus through each.
 
 The rules (identity set, text appended, finish reasons that are none, usage from wherever it stands) are in
-tests/corpus/wire/README.md.
+tests/corpus/wire/README.md. The two lanes stand in one module, longer than most, so that they are read side by side.
 """
 
 from __future__ import annotations

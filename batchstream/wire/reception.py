@@ -9,6 +9,8 @@ reason) and truncated. Nothing a server sends raises.
 
 Every 2xx response is read as a stream: the content type is not believed. A whole JSON body is JSON outside
 any SSE field, which the decoder reports too. Responses with another status are collected and classified.
+
+The module is long because it is one state machine: every part of it decides whether the response is final.
 """
 
 from __future__ import annotations
