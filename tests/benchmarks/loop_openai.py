@@ -32,7 +32,7 @@ async def serve(url: str, rows: list[Any], concurrency: int, tokens: int) -> lis
                         text.append(choice.delta.content)
             answers.append({"response_id": identity, "ttft_s": (first or began) - began, "text": "".join(text)})
 
-    async with AsyncOpenAI(base_url=url, api_key="none") as client:
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
         await asyncio.gather(*(ask(client, row["prompt"]) for row in rows))
     return answers
 

@@ -67,6 +67,10 @@ class Measured(NamedTuple):
     wrong: int
 
 
+class FailedError(Exception):
+    """A client did not come to its end."""
+
+
 def build_server(directory: Path) -> Path | None:
     """Compile the server; None where there is no C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -164,7 +168,7 @@ def measure(
         process.returncode = os.waitstatus_to_exitcode(status)
         known = truth(address)
     if process.returncode:
-        raise SystemExit(f"{client} failed:\n{(folder / 'log').read_text()[-2000:]}")
+        raise FailedError(f"{client} failed: {(folder / 'log').read_text()[-600:]}")
     errors, wrong = _compare(folder / "answers.jsonl", known, work.tokens)
     return Measured(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, requests, work.tokens, errors, wrong)
 
@@ -200,8 +204,14 @@ def table(binary: Path, names: list[str], clients: list[str], reps: int, **other
         runs: dict[str, list[Measured]] = {client: [] for client in clients}
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(reps):
-                for client in clients:
-                    runs[client].append(measure(binary, Path(folder) / client, client, work, **others))
+                for client in list(runs):
+                    try:
+                        runs[client].append(measure(binary, Path(folder) / client, client, work, **others))
+                    except FailedError as error:
+                        if client == clients[0]:
+                            raise
+                        del runs[client]
+                        yield f"{name:10} {error}"
         base = _median_cpu(runs[clients[0]])
         for client, measured in runs.items():
             yield _line(name, client, measured, base)
