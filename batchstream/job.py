@@ -351,7 +351,13 @@ PATHS = ("input", "output", "api_key_file", "ca_file", "model_file", "spill_dir"
 """Options that are paths: in a job file they are relative to that file."""
 
 
-RIVALS = (("template", "prompt_column"), ("api_key_env", "api_key_file"), ("limit", "sample"))
+RIVALS = (
+    ("template", "prompt_column"),
+    ("api_key_env", "api_key_file"),
+    ("limit", "sample"),
+    ("plan", "rpm"),
+    ("max_time", "deadline"),
+)
 """Options that exclude each other: one that overrides a job file puts out its rival there."""
 
 

@@ -79,10 +79,9 @@ def check_it_settles(windows: dict[int, list[Entry]]) -> None:
     assert sum(settled) >= 0.9 * 15 * len(settled)
 
 
-@pytest.mark.parametrize("phase", [0.37, 0.81])
-async def test_a_wrong_rate_and_an_unknown_phase_settle(phase: float) -> None:
-    sim = SimulateConfig(tokens=1, rpm=30, speedup=60, window_phase=phase)
-    _, windows = await live(120, sim, shuttleai(45))
+async def test_a_wrong_rate_and_an_unknown_phase_settle() -> None:
+    sim = SimulateConfig(tokens=1, rpm=30, speedup=60, window_phase=0.37)
+    _, windows = await live(90, sim, shuttleai(45))
     check_it_settles(windows)
 
 
