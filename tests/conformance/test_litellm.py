@@ -46,6 +46,7 @@ def proxy(tmp_path: Path) -> Iterator[str]:
                     },
                 }
             ],
+            "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},
             "router_settings": {"routing_strategy": "usage-based-routing-v2", "enable_pre_call_checks": True,
                                 "num_retries": 0},
         }  # fmt: skip

@@ -104,3 +104,15 @@ def test_a_time_of_day_is_the_next_one() -> None:
     assert until("13:30", now) == 5400
     assert until("06:00", now) == 18 * 3600
     assert until("12:00", now) == 24 * 3600
+
+
+def test_tokens_on_the_wire_count_with_their_estimate() -> None:
+    spending = Spending(Budget(tokens=100), {})
+    assert spending.may_leave("", Cost(1, 60, 60)), "with nobody under way the cap is simply not reached yet"
+    spending.expect("", Cost(1, 30, 30))
+    assert not spending.may_leave("", Cost(1, 30, 30))
+    spending.ended("", Cost(1, 30, 30), Usage(30, 5, 35))
+    assert spending.may_leave("", Cost(1, 30, 30))
+    assert spending.used_up() is None
+    spending.ended("", Cost(1, 0, 0), Usage(60, 5, 65))
+    assert spending.used_up() is not None

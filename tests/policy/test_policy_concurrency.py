@@ -13,12 +13,12 @@ SHAPES = {
     "a wall of 429s at 8": (Shape(wall=8), 8, 4_000),
     "a wall of 429s at 64": (Shape(wall=64), 64, 6_400),
     "a knee at 16": (Shape(knee=16, slope=1.5), 16, 4_000),
-    "a knee at 64": (Shape(knee=64, slope=1.5), 64, 6_400),
+    "a knee at 64": (Shape(knee=64, slope=1.5), 64, 12_800),
 }
 LARGE = {
     "512 slots with a queue": (Shape(slots=512), 512, 51_200),
     "a wall of 429s at 512": (Shape(wall=512), 512, 51_200),
-    "a knee at 256": (Shape(knee=256, slope=1.5), 256, 25_600),
+    "a knee at 256": (Shape(knee=256, slope=1.5), 256, 51_200),
 }
 
 
