@@ -284,8 +284,9 @@ class Lanes:
         )
 
     def __call__(self, model: str) -> Lane:
-        """The lane of `model`; the same one for all where their limits are one account's."""
-        key = "" if self.rates.together else model
+        """The lane of `model`; the same one for all where their limits are one account's (and none states others)."""
+        by_model = isinstance(self.rates.rpm, dict) or isinstance(self.rates.tpm, dict)
+        key = "" if self.rates.together and not by_model else model
         lane = self._lanes.get(key)
         if lane is None:
             own = tuple(

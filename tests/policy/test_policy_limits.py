@@ -128,6 +128,8 @@ def test_models_with_limits_of_their_own_share_what_is_stated_for_all() -> None:
     assert both("large") is not both("small"), "a 429 for one closes no gate for the other"
     account = Lanes(Rates(rpm=60, together=True))
     assert account("large") is account("small")
+    stated = Lanes(Rates(rpm={"small": 60, "large": 120}, together=True))
+    assert (stated("small").per_minute(), stated("large").per_minute()) == (60, 120)
 
 
 @pytest.mark.parametrize(("remaining", "after", "leave"), [(3, 0, 3), (3, 2, 1), (0, 0, 0), (1, 5, 0)])
