@@ -168,7 +168,7 @@ def joins_attempts() -> None:
 
 
 def never_retries() -> None:
-    RetryPolicy.may_retry = lambda self, failures, waited: False  # type: ignore[method-assign]
+    RetryPolicy.may_retry = lambda self, failures, waited, excused=0: False  # type: ignore[method-assign]
 
 
 def cuts_instead_of_draining() -> None:
