@@ -109,12 +109,13 @@ async def run_shard(
     secrets: tuple[str, ...],
     spent: float = 0.0,
     worker: int = 0,
+    schedule: Iterator[float] | None = None,
 ) -> Stop | None:
     """Serve `rows` (a blocking iterator, pulled from a thread) and store their results.
 
     `secrets` are kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
     the last call: (index, rows, hash). `rates` and `slots` as `connect` knows them; `spent` is what the job's earlier
-    runs have cost, where --max-cost asks.
+    runs have cost, where --max-cost asks; `schedule`: when the rows are due (`engine.runner`).
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)
@@ -139,7 +140,7 @@ async def run_shard(
     try:
         async with transport_for(job, progress.traffic) as transport:
             client = Client(transport, target, limits_of(job))
-            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks)
+            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks, schedule)
             control.bind(runner)
             async with aclosing(ahead(rows, note_blocks)) as batches:
                 stop = await runner.run(batches, drain_timeout=job.drain_timeout)
@@ -167,6 +168,7 @@ def runner_for(
     slots: int | None,
     spent: float,
     hooks: Hooks,
+    schedule: Iterator[float] | None = None,
 ) -> Runner:
     """A runner with the job's policy; `slots` None: it finds out how many are good."""
     settings = parse_breaker(job.breaker)
@@ -181,6 +183,7 @@ def runner_for(
         budget=budget_of(job, datetime.now().astimezone(), spent),
         prices=parse_prices(job.price),
         outage=Outage(job.max_outage, enabled=settings.enabled),
+        schedule=schedule,
         on_failure=hooks.on_failure,
         on_gate=hooks.on_gate,
     )

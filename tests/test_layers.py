@@ -17,7 +17,7 @@ FLOORS = {
     "files": 2, "net": 2, "endpoints": 2,
     "engine": 3,
     "connect": 4, "intake": 4, "shard": 4,
-    "launch": 5, "report": 5, "api": 6,
+    "launch": 5, "report": 5, "api": 6, "bench": 6,
     "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 

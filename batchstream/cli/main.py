@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "Ask every row of a prompt file, keep every answer.",
     "check": "Check input, key and output without sending a prompt.",
     "ask": "Ask one prompt and show the answer as it comes.",
+    "bench": "Measure an endpoint under a load: TTFT, TPOT, latency, throughput.",
     "report": "Show the figures of finished, stopped or running jobs.",
     "export": "Write the results in another format.",
     "simulate": "Serve a simulated endpoint on this machine.",

@@ -38,8 +38,9 @@ _SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 def again(message: str, code: int, command: str | None) -> str:
-    """`message` with what follows from it for somebody who runs the same command again. Only `run` has a state."""
-    if command != "run":
+    """`message` with what follows from it for somebody who runs the same command again. Only `run` and `bench` have
+    a state."""
+    if command not in ("run", "bench"):
         return message
     return f"{message} (exit {code}; {AGAIN.get(code, 'the same command resumes')})"
 
@@ -108,20 +109,20 @@ class Voice:
             return
         from batchstream.report.text import render_summary
 
-        self._write(self.redact(render_summary(figures, columns(self._stream), self.colour)))
+        self.write(self.redact(render_summary(figures, columns(self._stream), self.colour)))
 
     def aside(self, text: str) -> None:
         """A piece of running text (a model's reasoning), dimmed on a terminal; nothing in a log of JSON lines."""
         if self.log_format == "text":
             text = "\n".join(one_line(line) for line in text.split("\n"))
-            self._write(self.redact(f"\x1b[2m{text}\x1b[0m" if self.colour else text))
+            self.write(self.redact(f"\x1b[2m{text}\x1b[0m" if self.colour else text))
 
     def bug(self, error: BaseException) -> None:
         """A traceback, for it is ours to mend, and the one line that asks for it."""
         for name, value in os.environ.items():
             if len(value) >= 8 and any(part in name.upper() for part in _SECRET_NAMES):
                 self.hide(value)
-        self._write(self.redact("".join(traceback.format_exception(error))))
+        self.write(self.redact("".join(traceback.format_exception(error))))
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         message = f"this is a bug in batchstream: {what}; please report it with the lines above"
         self.error(again(message, 1, self.command), 1)
@@ -134,9 +135,9 @@ class Voice:
             line = msgspec.json.encode({"event": event, "time": at, **fields}).decode()
         else:
             line = one_line(text)
-        self._write(self.redact(line) + "\n")
+        self.write(self.redact(line) + "\n")
 
-    def _write(self, text: str) -> None:
+    def write(self, text: str) -> None:
         if self._stream is None:
             return
         try:

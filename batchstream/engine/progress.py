@@ -7,6 +7,7 @@ row apart, never a broken one. Anything exact comes from the journal, not from h
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, deque
 
 from batchstream.net.exchange import Traffic
@@ -25,7 +26,8 @@ class Progress:
     `tokens`: completion tokens the endpoint reported, failed attempts included;
     `retries`: failed attempts that are tried again, by kind in `retry_kinds`;
     `ttft`: the newest TTFTs in seconds; `gate_until`: instant before which nothing is sent, None when open;
-    `traffic`: what went over the wire; `message`: one line on what binds the run now, "" for nothing;
+    `traffic`: what went over the wire; `slips`: how late each row of a schedule left, in seconds;
+    `message`: one line on what binds the run now, "" for nothing;
     `binding`: what holds up the next row (`engine.departures`) since `binding_since`, `held`: seconds spent with
     each before; `slots`: requests at once that are allowed now, `adaptive` when that is being found out, `levels` its
     path as (instant, slots); `limited`: 429s;
@@ -35,8 +37,8 @@ class Progress:
 
     __slots__ = (
         "adaptive", "binding", "binding_since", "cost", "done", "failed", "failures", "gate_until", "held", "in_flight",
-        "levels", "limited", "message", "ok", "per_minute", "requests", "resumed", "retries", "retry_kinds", "slots",
-        "started", "tokens", "total", "traffic", "ttft", "waiting",
+        "levels", "limited", "message", "ok", "per_minute", "requests", "resumed", "retries", "retry_kinds",
+        "slips", "slots", "started", "tokens", "total", "traffic", "ttft", "waiting",
     )  # fmt: skip
 
     def __init__(self, started: float, total: int | None = None, resumed: int = 0) -> None:
@@ -53,6 +55,7 @@ class Progress:
         self.tokens = 0
         self.failures: Counter[str] = Counter()
         self.retry_kinds: Counter[str] = Counter()
+        self.slips = array("d")
         self.ttft: deque[float] = deque(maxlen=RECENT)
         self.gate_until: float | None = None
         self.traffic = Traffic()

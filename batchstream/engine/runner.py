@@ -17,7 +17,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -43,6 +43,10 @@ READ_AHEAD = 64
 
 READ_AHEAD_LANES = 1024
 """… and where rows go by several lanes, so that those of a narrow one do not hide the others' from us."""
+
+
+LEAD_S = 0.05
+"""From the begin of a run to the first instant of its schedule: so long the first rows may take to be read."""
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -77,7 +81,9 @@ class Runner:
     """Runs rows through a client into a sink. One use; all methods on one event loop.
 
     `concurrency`: so many requests at once, or what finds out how many are good. `lanes` gives the lane of each model.
-    `prices` are for `budget.cost` and for the figures; `outage` waits for an endpoint that is down.
+    `prices` are for `budget.cost` and for the figures; `outage` waits for an endpoint that is down. `schedule`: when
+    the rows are due, one by one, in seconds from the begin (an open loop: `concurrency` then only guards this machine);
+    rows beyond its end are not taken.
     `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs);
     `on_gate(lane_key, until)` when a 429 has closed a lane's gate until that instant of the monotonic clock, so that
     other processes at the same endpoint can be told (`close_gate`).
@@ -96,6 +102,7 @@ class Runner:
         budget: Budget,
         prices: Prices | None = None,
         outage: Outage | None = None,
+        schedule: Iterator[float] | None = None,
         on_failure: Callable[[Request, Failure, int], None] | None = None,
         on_gate: Callable[[str, float], None] | None = None,
     ) -> None:
@@ -114,6 +121,8 @@ class Runner:
         self._spending = Spending(budget, prices or {})
         self._counts_tokens = lanes.rates.tpm is not None or budget.tokens is not None or budget.cost is not None
         self._estimator = Estimator()
+        self._schedule = schedule
+        self._began = 0.0
         self._on_failure = on_failure
         self._on_gate = on_gate
         self._tasks: dict[asyncio.Task[None], Course] = {}
@@ -196,6 +205,7 @@ class Runner:
         budget = self._spending.budget
         progress = self._progress
         progress.slots = self._departures.slots
+        self._began = time.monotonic() + LEAD_S
         if self._adaptive is not None:
             progress.adaptive, progress.levels = True, self._adaptive.path
         if (why := self._spending.used_up()) is not None:  # by earlier runs
@@ -248,14 +258,21 @@ class Runner:
         model = row.body.get("model")
         key = model if isinstance(model, str) else ""
         course = Course(row, self._policy, self._send, self._park, key, self._estimate(row, key))
+        if self._schedule is not None:
+            offset = next(self._schedule, None)
+            if offset is None:
+                return False
+            course.due = self._began + offset
         self._alive += 1
         self._idle.clear()
-        self._departures.add(course)
+        self._departures.add(course, course.due)
         if self._progress.per_minute is None and self._lanes.rates.known:
             self._progress.per_minute = self._departures.lane(key).per_minute(course.cost)
         return not self._stopped.is_set()
 
     def _places(self) -> int:
+        if self._schedule is not None:
+            return self._departures.under_way + READ_AHEAD_LANES
         ahead = READ_AHEAD_LANES if self._departures.several else READ_AHEAD
         return max(self._departures.slots * UNDER_WAY_PER_SLOT, ahead)
 
@@ -286,6 +303,9 @@ class Runner:
             return True
         course.under_way = course.holds_slot = True
         self._departures.under_way += 1
+        if course.due is not None:
+            self._progress.slips.append(time.monotonic() - course.due)
+            self._make_places()
         task = asyncio.create_task(self._serve(course))
         self._tasks[task] = course
         task.add_done_callback(self._ended)

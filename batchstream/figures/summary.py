@@ -344,7 +344,7 @@ def summary(tally: Tally, run: Run, evidence: Evidence | None = None, limits: Li
         failed_attempt_tokens=msgspec.structs.replace(tally.failed_attempt_tokens),
         throughput=_throughput(tally, run.elapsed_s),
         limits=limits,
-        metrics={name: _distribution(name, sample) for name, sample in tally.durations.items()},
+        metrics={name: distribution(DEFINITIONS[name], sample) for name, sample in tally.durations.items()},
         evidence=evidence,
         verdict=judged,
         verdict_reasons=reasons,
@@ -373,12 +373,13 @@ def _throughput(tally: Tally, elapsed_s: float | None) -> Throughput:
     )
 
 
-def _distribution(name: str, sample: Sample) -> Distribution:
+def distribution(definition: str, sample: Sample) -> Distribution:
+    """The figures of one sample of durations."""
     refused = {label: why for label, q in PERCENTILES.items() if (why := sample.refused(q)) is not None}
     intervals = {label: found for label, q in PERCENTILES.items() if (found := sample.interval(q)) is not None}
     values = {label: sample.percentile(q) for label, q in PERCENTILES.items()}
     return Distribution(
-        definition=DEFINITIONS[name],
+        definition=definition,
         n=sample.n,
         mean=sample.mean,
         min=sample.min,

@@ -43,8 +43,12 @@ class Skipped(Exception):  # noqa: N818  (no error)
 class Opening:
     """Opens the input and the journal of `job`, whose results go to `out`."""
 
-    def __init__(self, job: Job, plan: Plan, out: Path, control: Control, started_at: str) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, out: Path, control: Control, started_at: str, more: dict[str, Any] | None = None
+    ) -> None:
+        """`more` belongs to the job's identity as well."""
         self._job = job
+        self._more = more or {}
         self._plan = plan
         self._out = out
         self._control = control
@@ -85,7 +89,7 @@ class Opening:
     async def _journal(self, source: Source, lock: Lock | None) -> JournalDir:
         job = self._job
         manifest = Manifest(
-            job=identity(job, self._plan),
+            job={**identity(job, self._plan), **self._more},
             input=input_fingerprint(source),
             created=self._started_at,
             version=batchstream.__version__,

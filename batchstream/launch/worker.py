@@ -204,7 +204,7 @@ class Reins(Control):
             self._gates.append(gate)
 
 
-OF_THE_PARENT = ("started", "total", "resumed", "ttft", "levels", "binding_since", "traffic")
+OF_THE_PARENT = ("started", "total", "resumed", "ttft", "levels", "binding_since", "traffic", "slips")
 """What only the parent knows of the whole, or hears of otherwise."""
 
 

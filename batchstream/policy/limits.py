@@ -87,11 +87,12 @@ class Lane:
     """State of one lane; all times are seconds, `now` monotonic, `wall` since the epoch.
 
     `limits` may be shared with other lanes (an account's limit over all models). `crowd` is how many may want to leave
-    at once; the ramp after a gate is laid out for so many.
+    at once; the ramp after a gate is laid out for so many. A `deaf` one lets all leave, whatever comes back.
     """
 
-    def __init__(self, limits: tuple[Limit, ...] = ()) -> None:
+    def __init__(self, limits: tuple[Limit, ...] = (), *, deaf: bool = False) -> None:
         self.limits = limits
+        self._deaf = deaf
         self.closed_until = 0.0
         self.crowd = 16
         self.retries = RetryBudget()
@@ -108,6 +109,8 @@ class Lane:
 
     def wait(self, now: float, cost: Cost = ONE) -> float:
         """Seconds until a request may leave, 0.0 for now; it then has to `take` its place."""
+        if self._deaf:
+            return 0.0
         if self.closed_until > now:
             return self.closed_until - now
         wait = self._ramp.wait(now)
@@ -253,7 +256,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What a job may ask of an endpoint. `rpm` and `tpm`: for all models together, or by model; `weights`: requests
     that one of a model counts for ("" for all others); `fixed`: windows are the provider's minutes; `phase`: instant of
     the monotonic clock at which one begins; `minute`: seconds of the provider's minute (a simulated one may be faster);
-    `together`: all models share their limits, so that a 429 for one is news for all."""
+    `together`: all models share their limits, so that a 429 for one is news for all. `measured`: nothing that comes
+    back holds a request up, because what it comes to is what is measured."""
 
     rpm: float | dict[str, float] | None = None
     tpm: float | dict[str, float] | None = None
@@ -263,6 +267,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     phase: float = 0.0
     minute: float = MINUTE_S
     together: bool = False
+    measured: bool = False
 
     def weight(self, model: str) -> float:
         return self.weights.get(model, self.weights.get("", 1.0))
@@ -294,7 +299,7 @@ class Lanes:
                 for limit, counts in self._stated()
                 if isinstance(limit, dict) and model in limit
             )
-            lane = self._lanes[key] = Lane((*self._common, *own))
+            lane = self._lanes[key] = Lane((*self._common, *own), deaf=self.rates.measured)
         return lane
 
     def _stated(self) -> tuple[tuple[float | dict[str, float] | None, Counts], ...]:
