@@ -13,12 +13,13 @@ import msgspec
 from batchstream.cli.voice import Voice, columns, emit
 
 if TYPE_CHECKING:
+    from batchstream.figures.stages import BenchSummary
     from batchstream.figures.summary import Summary
 
 HELP = """Show the figures of the jobs with the results files OUT…, made from their journals.
 
 The jobs may have finished, have been stopped, or run at this moment: nothing is locked or changed. Where a run has left
-its OUT.summary.json, times and the client's own evidence are taken from there.
+its OUT.summary.json, times and the client's own evidence are taken from there. The results of `bench` are shown by stages.
 """
 
 EXAMPLES = """
@@ -49,6 +50,15 @@ def command(voice: Voice, out: tuple[Path, ...], style: str, salvage: bool) -> N
     from batchstream.report.text import render_markdown, render_summary, summary_json
 
     for number, path in enumerate(out):
+        if (measured := _measured(path)) is not None:
+            from batchstream.report.stages import bench_json, render_bench, render_bench_markdown
+
+            if style == "json":
+                emit(bench_json(measured))
+            else:
+                render = render_bench_markdown if style == "markdown" else render_bench
+                emit((("\n" if number else "") + render(measured)).encode())
+            continue
         figures = figures_of(path, voice, salvage=salvage)
         if style == "json":
             emit(summary_json(figures))
@@ -91,6 +101,20 @@ def figures_of(out: Path, voice: Voice, *, salvage: bool = False) -> Summary:
     # The run that knew the clock has counted the same rows.
     there = {name: value for name in ("output", "journal") if (value := getattr(facts, name)) is not None}
     return summary(tally, msgspec.structs.replace(left.run, **there), left.evidence, left.limits)
+
+
+def _measured(out: Path) -> BenchSummary | None:
+    """The figures that `bench` left beside its results; None for the results of a run."""
+    from batchstream.figures.stages import SCHEMA, BenchSummary
+
+    name = out.name.removesuffix(".journal")
+    try:
+        data = out.with_name(f"{name}.summary.json").read_bytes()
+        if SCHEMA.encode() not in data[:200]:
+            return None
+        return msgspec.json.decode(data, type=BenchSummary)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _left_by_a_run(directory: Path) -> Summary | None:

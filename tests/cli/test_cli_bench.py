@@ -39,6 +39,16 @@ def test_a_sweep_is_a_stage_for_each_level(prompts: Path, tmp_path: Path) -> Non
     assert "concurrency 4" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("style", "said"), [("text", "concurrency 2"), ("markdown", "| concurrency 2 |"), ("json", "stages")]
+)
+def test_a_measurement_is_reported_by_its_stages(style: str, said: str, prompts: Path, tmp_path: Path) -> None:
+    assert batchstream("bench", prompts, *SIM, "--concurrency", 2, cwd=tmp_path).returncode == 0
+    done = batchstream("report", "p.bench.jsonl", "--format", style, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
 def test_the_same_command_again_asks_nothing(prompts: Path, tmp_path: Path) -> None:
     for said in ("", "measured before (1 stages); nothing was sent"):
         done = batchstream("bench", prompts, *SIM, cwd=tmp_path)
