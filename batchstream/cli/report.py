@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HELP = """Show the figures of the jobs with the results files OUT…, made from their journals.
 
 The jobs may have finished, have been stopped, or run at this moment: nothing is locked or changed. Where a run has left
-its OUT.summary.json, times and the client's own evidence are taken from there. The results of `bench` are shown by stages.
+its OUT.summary.json, times and the client's own evidence are taken from there. What `bench` left is shown by stages.
 """
 
 EXAMPLES = """
