@@ -11,7 +11,7 @@ import msgspec
 from batchstream.cli import main as cli_main
 from batchstream.engine import runner, store
 from batchstream.files import lock, publish, recovery, segment
-from batchstream.launch import conclusion
+from batchstream.launch import conclusion, opening
 from batchstream.policy.retry import RetryPolicy
 from batchstream.wire import reception
 
@@ -112,7 +112,7 @@ def cleans_up_a_stale_lock() -> None:
     lock.hold = hold
     from batchstream.files import journal
 
-    journal.hold = hold  # type: ignore[attr-defined]
+    journal.hold = opening.hold = hold  # type: ignore[attr-defined]
 
 
 def writes_the_results_in_place() -> None:
