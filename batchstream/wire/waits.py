@@ -29,6 +29,8 @@ _TIGHT_PART = re.compile(r"(\d{1,12}(?:\.\d{1,20})?)(ms|[smhd])", re.IGNORECASE 
 _AGAIN = re.compile(r"(?:try again|retry|retrying)\s+(?:in|after)\s+(?:about\s+)?(?=\d)", re.IGNORECASE)
 _BARE = re.compile(r"\d{1,9}(?:\.\d{1,20})?(?![\w:/-]|\.\w|\s+\w)", re.ASCII)  # no unit: seconds
 
+_RELAYED = "llm_provider-"  # LiteLLM's proxy passes the headers of the endpoint behind it on under this name
+
 _EPOCH_FROM = 1e9  # a reset beyond 30 years is an instant, not a duration
 _EPOCH_MS_FROM = 1e11
 _DEPTH = 8
@@ -39,6 +41,9 @@ def stated_wait(headers: Sequence[tuple[str, str]], body: Any, message: str) -> 
     fields: dict[str, str] = {}
     for name, value in headers:
         fields.setdefault(name.lower(), value.strip())
+    for name, value in headers:
+        if name.lower().startswith(_RELAYED):  # what the proxy says itself comes first
+            fields.setdefault(name.lower().removeprefix(_RELAYED), value.strip())
     now = http_date(fields.get("date", ""))
     wait = _number(fields.get("retry-after-ms", ""))
     if wait is not None:

@@ -239,6 +239,15 @@ def test_what_is_none(envelope: Any) -> None:
         ([("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "30")], 30.0),
         ([("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "2025-11-23T09:00:00+00:00"), DATE], 0.0),
         ([("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "whenever"), DATE], None),
+        ([("llm_provider-retry-after", "60")], 60.0),
+        ([("llm_provider-retry-after", "60"), ("retry-after", "7")], 7.0),
+        (
+            [
+                ("llm_provider-x-ratelimit-reset-requests", "9s"),
+                ("x-ratelimit-remaining-requests", "0"),
+            ],
+            9.0,
+        ),
         ([], None),
     ],
 )
