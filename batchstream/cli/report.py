@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from batchstream.cli.voice import Voice, columns, emit
+from batchstream.errors import UsageError
 
 if TYPE_CHECKING:
     from batchstream.figures.stages import BenchSummary
@@ -26,6 +27,7 @@ EXAMPLES = """
 batchstream report results.jsonl
 batchstream report results.jsonl --format json
 batchstream report monday.jsonl tuesday.jsonl --format markdown
+batchstream report results.jsonl --format html -o report.html
 batchstream report results.jsonl --salvage
 """
 
@@ -39,36 +41,70 @@ batchstream report results.jsonl --salvage
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["text", "json", "markdown"]),
+    type=click.Choice(["text", "json", "markdown", "html"]),
     default="text",
     show_default=True,
-    help="json: one object for each OUT.",
+    help="json: one object for each OUT; html: one page for one OUT (extra `report`).",
 )
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there and not to stdout.")
+@click.option("--include-text", is_flag=True, help="html: show the answers of the slowest requests.")
 @click.option("--salvage", is_flag=True, help="Pass over damage in a journal and count what is left.")
 @click.pass_obj
-def command(voice: Voice, out: tuple[Path, ...], style: str, salvage: bool) -> None:
+def command(
+    voice: Voice, out: tuple[Path, ...], style: str, output: Path | None, include_text: bool, salvage: bool
+) -> None:
+    if style == "html" and len(out) != 1:
+        raise UsageError(f"--format html makes one page of one OUT, got {len(out)}")
+    if include_text and style != "html":
+        raise UsageError("--include-text is of --format html")
+    pieces = [_rendered(path, style, voice, salvage=salvage, include_text=include_text) for path in out]
+    data = b"" if style == "json" else b"\n"  # text of several is told apart by a blank line
+    if output is None:
+        emit(data.join(pieces))
+    else:
+        from batchstream.files import fsio
+
+        fsio.replace_file(fsio.disk, output, data.join(pieces), mode=0o666)
+
+
+def _rendered(path: Path, style: str, voice: Voice, *, salvage: bool, include_text: bool) -> bytes:
+    from batchstream.report.stages import bench_json, render_bench, render_bench_markdown
     from batchstream.report.text import render_markdown, render_summary, summary_json
 
-    for number, path in enumerate(out):
-        if (measured := _measured(path)) is not None:
-            from batchstream.report.stages import bench_json, render_bench, render_bench_markdown
+    measured = _measured(path)
+    if style == "html":
+        from batchstream.report.html import render_html
 
-            if style == "json":
-                emit(bench_json(measured))
-            else:
-                render = render_bench_markdown if style == "markdown" else render_bench
-                emit((("\n" if number else "") + render(measured)).encode())
-            continue
-        figures = figures_of(path, voice, salvage=salvage)
+        shown = measured or figures_of(path, voice, salvage=salvage)
+        page = render_html(shown, list(_rows(path, salvage=salvage)), path.name, include_text=include_text)
+        return voice.redact(page).encode()
+    if measured is not None:
         if style == "json":
-            emit(summary_json(figures))
-            continue
-        gap = "\n" if number else ""
-        if style == "markdown":
-            emit((gap + render_markdown(figures)).encode())
-        else:
-            colour = voice.colour and sys.stdout.isatty()
-            emit((gap + render_summary(figures, columns(sys.stdout), colour)).encode())
+            return bench_json(measured)
+        return (render_bench_markdown if style == "markdown" else render_bench)(measured).encode()
+    figures = figures_of(path, voice, salvage=salvage)
+    if style == "json":
+        return summary_json(figures)
+    if style == "markdown":
+        return render_markdown(figures).encode()
+    return render_summary(figures, columns(sys.stdout), voice.colour and sys.stdout.isatty()).encode()
+
+
+def _rows(out: Path, *, salvage: bool) -> Iterator[tuple[int, bytes]]:
+    """Ordinal and result of every row, from the journal or else from the results file."""
+    from batchstream.files.lock import journal_path
+    from batchstream.files.results import read_journal, read_results
+
+    directory = out if out.is_dir() else journal_path(out)
+    if directory.is_dir():
+        yield from read_journal(directory, salvage=salvage).results()
+    else:
+        for line in read_results(out):
+            yield msgspec.json.decode(line, type=_Ordinal).row, line
+
+
+class _Ordinal(msgspec.Struct):
+    row: int
 
 
 def figures_of(out: Path, voice: Voice, *, salvage: bool = False) -> Summary:

@@ -95,6 +95,15 @@ class Sample:
             return low / 1e6
         return round((low + (self._ordered(rank + 1) - low) * share) / 1e6, 6)
 
+    def at(self, q: float) -> float | None:
+        """The q-quantile whatever the size of the sample: a point of its curve, no claim about a tail."""
+        if not self._values:
+            return None
+        rank, share = _position(self.n, q)
+        low = self._ordered(rank)
+        high = self._ordered(min(rank + 1, self.n))
+        return (low + (high - low) * share) / 1e6
+
     def interval(self, q: float) -> tuple[float, float] | None:
         """The 95 % confidence interval of the q-quantile in seconds, or None for too small a sample."""
         ranks = interval_ranks(self.n, q)
