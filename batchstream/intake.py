@@ -5,6 +5,7 @@ Shared by whatever runs a job and by `check`, which only looks.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from batchstream.connect import Plan
 from batchstream.errors import UsageError
 from batchstream.files.source import Source, SourceSpec, open_source
 from batchstream.job import Job
+from batchstream.policy.sharding import Shard, parse_shard, shard_from
 from batchstream.records import Api
 from batchstream.wire.body import build_body
 
@@ -60,8 +62,19 @@ def output_of(job: Job) -> Path:
     return out
 
 
-def open_job_source(job: Job, plan: Plan, spool: str | None = None) -> Source:
-    """The job's prompts as requests; `spool` is the file that stdin was copied to.
+def shard_of(job: Job) -> Shard | None:
+    """The shard that `job` asks for, None for the whole. Raises UsageError where auto finds none."""
+    if job.shard is None:
+        return None
+    try:
+        return parse_shard(job.shard) or shard_from(os.environ)
+    except ValueError as error:
+        raise UsageError(f"shard: {error}") from None
+
+
+def open_job_source(job: Job, plan: Plan, spool: str | None = None, shard: Shard | None = None) -> Source:
+    """The job's prompts as requests; `spool` is the file that stdin was copied to, `shard` leaves out
+    the rows of the others.
     Raises InputError and UsageError before the first row."""
     defaults = {**({"model": plan.model} if plan.model else {}), **job.param}
 
@@ -83,6 +96,7 @@ def open_job_source(job: Job, plan: Plan, spool: str | None = None) -> Source:
             seed=job.seed,
             include_usage=job.include_usage,
             spool=spool,
+            shard=shard,
         ),
         build,
     )

@@ -22,6 +22,7 @@ import msgspec
 from batchstream.errors import InputError, UsageError
 from batchstream.policy.breaker import parse_breaker
 from batchstream.policy.budget import parse_prices
+from batchstream.policy.sharding import parse_shard
 from batchstream.records import Api
 
 SECTIONS = ("input", "endpoint", "request", "limits", "retry", "output", "report")
@@ -61,6 +62,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Literal["fail", "record", "skip"],
         _opt("input", "A malformed row: stop before sending anything, record it as failed, or skip it."),
     ] = "record"
+    shard: Annotated[
+        str | None,
+        _opt(
+            "input",
+            "Only the I-th of N shards, or the one that Slurm or Kubernetes says; see merge.",
+            metavar="I/N|auto",
+        ),
+    ] = None
     # --- endpoint
     provider: Annotated[
         str | None,
@@ -276,6 +285,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise UsageError("max_time and deadline both say when to stop; give one of them")
         _check(self.breaker, "breaker", parse_breaker)
         _check(self.price, "price", parse_prices)
+        if self.shard is not None:
+            _check(self.shard, "shard", parse_shard)
+            if self.input == "-":
+                raise UsageError("shard: every shard reads the whole input, and stdin can be read once; give a file")
         if self.deadline is not None:
             _check(self.deadline, "deadline", parse_deadline)
         if self.max_cost is not None and not self.price:

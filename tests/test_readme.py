@@ -29,8 +29,8 @@ from batchstream.wire.faults import RETRYABLE
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
-OF_OTHERS = {"--lowest"}
-"""Flags in the README that are not batchstream's: of `.ci/run`."""
+OF_OTHERS = {"--lowest", "--array", "--time", "--signal"}
+"""Flags in the README that are not batchstream's: of `.ci/run` and Slurm."""
 
 OPERATORS = {"|", "||", "&&", ";", ">", ">>", "<", "&"}
 

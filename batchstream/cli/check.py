@@ -140,26 +140,26 @@ def _input(job: Job) -> Iterator[str | None]:
 
 
 def _opened(job: Job, plan: Plan, spool: str | None) -> Source:
-    from batchstream.intake import open_job_source
+    from batchstream.intake import open_job_source, shard_of
 
-    return open_job_source(job, plan, spool)
+    return open_job_source(job, plan, spool, shard_of(job))
 
 
 def _output(job: Job, plan: Plan, source: Source) -> str:
     """What a run would find where its results go. Raises what it would raise there."""
     from batchstream.files.lock import holder, journal_path
-    from batchstream.files.manifest import load_final, load_manifest
+    from batchstream.files.manifest import any_manifest, load_final
     from batchstream.files.results import read_journal
-    from batchstream.intake import output_of
+    from batchstream.intake import output_of, shard_of
 
     out = output_of(job)
-    journal = journal_path(out)
+    journal = journal_path(out, shard_of(job))
     if not os.access(out.parent, os.W_OK | os.X_OK):
         why = "no permission to write there" if out.parent.is_dir() else "no such directory"
         raise StorageError(f"{out}: {why}; create it or choose another --output")
     if (by := holder(journal)) is not None:
         raise LockedError(f"{out}: another run holds this job ({by})")
-    manifest = load_manifest(journal) if journal.is_dir() else None
+    manifest = any_manifest(journal) if journal.is_dir() else None
     if manifest is None:
         if out.exists() and not job.overwrite:
             raise UsageError(f"{out}: exists and was not made by this job; choose another --output, or --overwrite")
@@ -168,7 +168,7 @@ def _output(job: Job, plan: Plan, source: Source) -> str:
         return f"{out} (starts over: the answers of the earlier job are put aside)"
     if not _goes_on(job, plan, source, journal, manifest):
         return f"{out} (begins: nothing was answered under the job that was there)"
-    stored, final = read_journal(out), load_final(journal)
+    stored, final = read_journal(journal), load_final(journal)
     counts = f"{stored.ok:,} ok and {stored.failed:,} failed rows are stored"
     if final is not None and not final.reopened and not (job.retry_failed and stored.failed):
         return f"{out} (finished before: {counts}; a run would send nothing)"

@@ -56,12 +56,12 @@ def command(out: Path, style: Format, target: str) -> None:
 def response_body(out: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """How a result row of `out` becomes the body that the endpoint would have sent without streaming."""
     from batchstream.files.lock import journal_path
-    from batchstream.files.manifest import load_manifest
+    from batchstream.files.manifest import any_manifest
     from batchstream.records import Api, Choice, Completion, Usage
     from batchstream.wire.body import to_response_body
 
     journal = out if out.is_dir() else journal_path(out)
-    manifest = load_manifest(journal) if journal.is_dir() else None
+    manifest = any_manifest(journal) if journal.is_dir() else None
     api: Api = manifest.job["api"] if manifest is not None else "chat"
 
     def body(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ COMMANDS = {
     "ask": "Ask one prompt and show the answer as it comes.",
     "bench": "Measure an endpoint under a load: TTFT, TPOT, latency, throughput.",
     "report": "Show the figures of finished, stopped or running jobs.",
+    "merge": "Make one results file of the shards of a job.",
     "export": "Write the results in another format.",
     "simulate": "Serve a simulated endpoint on this machine.",
 }

@@ -172,6 +172,19 @@ def _tell_state(directory: Path, skipped: int, voice: Voice) -> None:
     if (by := holder(directory)) is not None:
         voice.note(f"{directory}: still running ({by}); these are the figures so far")
     elif load_final(directory) is None:
-        voice.note(f"{directory}: not finished; the same command resumes it")
+        voice.note(f"{directory}: {_unfinished(directory)}")
     if skipped:
         voice.warning(f"{directory}: {skipped:,} damaged records were passed over")
+
+
+def _unfinished(directory: Path) -> str:
+    from batchstream.files.lock import shards_in
+    from batchstream.files.manifest import load_final
+
+    shards = shards_in(directory)
+    if not shards:
+        return "not finished; the same command resumes it"
+    done = sum(load_final(path) is not None for path in shards.values())
+    return (
+        f"{done} of {max(shard.of for shard in shards)} shards are done; `batchstream merge` makes the results of all"
+    )

@@ -55,12 +55,12 @@ def _run(ctx: click.Context, source: str, dry_run: bool) -> int:
 
     voice: Voice = ctx.obj
     job = job_of(ctx, source)
-    _check_summary_path(job)
+    check_summary_path(job.summary_json)
     watch = Watch(job, voice)
     report = run(
         job, watch=watch.during, hooks=Hooks(on_failure=watch.attempt_failed, on_note=watch.say), handle_signals=True
     )
-    return conclude(job, report, voice)
+    return conclude(report, voice, job.summary_json)
 
 
 command = JobCommand(
@@ -141,8 +141,8 @@ class Watch:
             display.note(f"{self._left_out} more failed attempts were not shown: this terminal was too slow")
 
 
-def conclude(job: Job, report: Report, voice: Voice) -> int:
-    """Say how the run ended and write its summary. Returns the exit code."""
+def conclude(report: Report, voice: Voice, summary_json: str | None, command: str = "run") -> int:
+    """Say how the run ended and write its summary, also where --summary-json says. Returns the exit code."""
     for warning in report.warnings:
         voice.warning(warning)
     code, message = report.exit_code, report.message
@@ -151,32 +151,32 @@ def conclude(job: Job, report: Report, voice: Voice) -> int:
     if report.summary is not None:
         voice.summary(report.summary)
         try:
-            _write_summary(job, report, report.summary)
+            _write_summary(report, report.summary, summary_json)
         except StorageError as error:
             message = f"{message}; but the summary could not be written: {error}"
             code = code or error.exit_code
     if code:
-        voice.error(again(message, code, "run"), code)
+        voice.error(again(message, code, command), code)
     elif message != "finished":
         voice.note(message)
     return code
 
 
-def _write_summary(job: Job, report: Report, figures: Summary) -> None:
-    """OUT.summary.json, and what --summary-json asks for."""
+def _write_summary(report: Report, figures: Summary, copy: str | None) -> None:
+    """The summary beside the journal (OUT.summary.json), and the copy that --summary-json asks for."""
     from batchstream.files import fsio
     from batchstream.report.text import summary_json
 
     data = summary_json(figures)
-    beside = summary_path(report.output)
+    beside = report.journal.with_name(report.journal.name.removesuffix(".journal") + ".summary.json")
     # A run that had nothing left to do knows less than the one before it, which knew its speed: keep that.
     if figures.throughput.rows or report.stop is not None or not beside.exists():
         fsio.replace_file(fsio.disk, beside, data, mode=0o666)
-    if job.summary_json == "-":
+    if copy == "-":
         with suppress(BrokenPipeError):  # nobody reads it any more; the run ended as it ended
             emit(data)
-    elif job.summary_json is not None:
-        fsio.replace_file(fsio.disk, Path(job.summary_json), data, mode=0o666)
+    elif copy is not None:
+        fsio.replace_file(fsio.disk, Path(copy), data, mode=0o666)
 
 
 def summary_path(output: Path) -> Path:
@@ -184,7 +184,7 @@ def summary_path(output: Path) -> Path:
     return output.with_name(output.name + ".summary.json")
 
 
-def _check_summary_path(job: Job) -> None:
+def check_summary_path(path: str | None) -> None:
     """Before any money is spent."""
-    if job.summary_json not in (None, "-") and not Path(str(job.summary_json)).parent.is_dir():
-        raise UsageError(f"--summary-json {job.summary_json}: expected a file in a directory that exists")
+    if path not in (None, "-") and not Path(str(path)).parent.is_dir():
+        raise UsageError(f"--summary-json {path}: expected a file in a directory that exists")

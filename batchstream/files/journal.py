@@ -5,6 +5,7 @@
     seg-<w>-<n>.bsj   what happened, see record.py; one more for each start of a worker; old ones are only read
     FINAL.json        written last, after the results are in place
     before-<job>/     the journal of an earlier job, put aside by --new-job; never deleted by us
+    shard-<i>-of-<n>/ such a directory again, of one shard of the job; `files.merge` makes one of them
     input.jsonl       what came through stdin, see spool.py
 
 Order of a start: lock, manifest (compare or write), recover, sync what a killed run left unsynced, new segment with
@@ -25,12 +26,23 @@ import msgspec
 from batchstream.errors import DamagedError, IdentityError, StorageError, UsageError
 from batchstream.files import fsio, record
 from batchstream.files.fingerprint import ProvenRows, input_differences, job_differences
-from batchstream.files.lock import Lock, hold, journal_path
-from batchstream.files.manifest import FORMAT, Final, InputFile, Manifest, Published, load_final, load_manifest
+from batchstream.files.lock import Lock, check_company, hold, journal_path, shards_in
+from batchstream.files.manifest import (
+    FORMAT,
+    Final,
+    InputFile,
+    Manifest,
+    Published,
+    ShardFinal,
+    any_manifest,
+    load_final,
+    load_manifest,
+)
 from batchstream.files.publish import describe, publish
 from batchstream.files.recovery import Recovered, recover, segment_files
 from batchstream.files.segment import Durability, GroupSync, Segment
 from batchstream.files.source import Source
+from batchstream.policy.sharding import Shard
 from batchstream.records import Usage
 
 __all__ = [
@@ -52,14 +64,15 @@ class JournalDir:
     """The locked, recovered journal of one job. Made by `acquire` or, in worker processes, `join`.
 
     `final` is not None when the job was finished before and nothing has changed since: there is nothing to do.
-    `lock_fd` is for worker processes to inherit, so that the lock lasts as long as any of them. `warnings` hold one
-    line each for the user.
+    `lock_fds` are for worker processes to inherit, so that the lock lasts as long as any of them. `warnings` hold one
+    line each for the user. `shard`: it is the journal of that shard of the job only.
     """
 
     def __init__(self, out: Path, manifest: Manifest, recovered: Recovered, lock: Lock | None,
-                 durability: Durability, disk: fsio.Disk) -> None:  # fmt: skip
+                 durability: Durability, disk: fsio.Disk, shard: Shard | None = None) -> None:  # fmt: skip
         self.out = out
-        self.path = journal_path(out)
+        self.shard = shard
+        self.path = journal_path(out, shard)
         self.manifest = manifest
         self.recovered = recovered
         self.final: Final | None = None
@@ -70,8 +83,8 @@ class JournalDir:
         self._durability = durability
 
     @property
-    def lock_fd(self) -> int:
-        return self._lock.fd if self._lock else -1
+    def lock_fds(self) -> list[int]:
+        return self._lock.fds if self._lock else []
 
     @classmethod
     def acquire(
@@ -86,6 +99,7 @@ class JournalDir:
         durability: Durability = "batch",
         spill_dir: Path | None = None,
         lock: Lock | None = None,
+        shard: Shard | None = None,
         disk: fsio.Disk | None = None,
     ) -> JournalDir:
         """Lock (unless `lock` comes from `lock.hold`), compare or write the manifest, recover.
@@ -95,10 +109,10 @@ class JournalDir:
         """
         disk = disk or fsio.disk
         _check_output(out)
-        lock = lock or hold(out, started=manifest.created, disk=disk)
+        lock = lock or hold(out, started=manifest.created, shard=shard, disk=disk)
         try:
             return cls._open(
-                out, manifest, new_job, overwrite, allow_append, retry_failed, durability, spill_dir, lock, disk
+                out, manifest, new_job, overwrite, allow_append, retry_failed, durability, spill_dir, lock, shard, disk
             )
         except BaseException:
             lock.release()
@@ -106,25 +120,33 @@ class JournalDir:
 
     @classmethod
     def _open(cls, out: Path, wanted: Manifest, new_job: bool, overwrite: bool, allow_append: bool, retry_failed: bool,
-              durability: Durability, spill_dir: Path | None, lock: Lock, disk: fsio.Disk) -> JournalDir:  # fmt: skip
-        directory = journal_path(out)
+              durability: Durability, spill_dir: Path | None, lock: Lock, shard: Shard | None,
+              disk: fsio.Disk) -> JournalDir:  # fmt: skip
+        directory = journal_path(out, shard)
+        if shard is not None:
+            check_company(journal_path(out), shard)
         kept = _load_any(directory) if new_job else load_manifest(directory)
         if kept is None and not new_job and segment_files(directory):
             raise DamagedError(
                 f"{directory}: holds answers but no MANIFEST.json; restore it, or start over with --new-job"
             )
         ways = {"allow_append": allow_append, "retry_failed": retry_failed}
+        for path in shards_in(directory).values():
+            if new_job:
+                _put_shard_aside(directory, path, kept, disk)
+            elif (theirs := load_manifest(path)) is not None:
+                same_job(path, theirs, wanted, **ways)
         if kept is not None and not new_job and same_job(directory, kept, wanted, **ways):
             manifest = msgspec.structs.replace(kept, input=wanted.input)
         else:
-            manifest = _begin_job(out, wanted, kept, overwrite, disk)
+            manifest = _begin_job(out, directory, wanted, kept, overwrite, disk)
         _put_aside(directory, manifest.job_id, disk)
         if spill_dir is not None:
             _take_in_spills(directory, spill_dir, disk)
         recovered = recover(directory, manifest.salt, retry_failed=retry_failed)
         if durability != "os":
             _sync_leftovers(recovered, disk)
-        journal = cls(out, manifest, recovered, lock, durability, disk)
+        journal = cls(out, manifest, recovered, lock, durability, disk, shard)
         journal.overwrite = overwrite
         journal._consider_final(same_input=kept is not None and kept.input == wanted.input)
         if recovered.skipped_records:
@@ -135,12 +157,14 @@ class JournalDir:
         return journal
 
     @classmethod
-    def join(cls, out: Path, *, durability: Durability = "batch", disk: fsio.Disk | None = None) -> JournalDir:
-        """In a worker process of the holder (which has inherited `lock_fd`): the journal, only to open segments."""
-        manifest = load_manifest(journal_path(out))
+    def join(
+        cls, out: Path, *, durability: Durability = "batch", shard: Shard | None = None, disk: fsio.Disk | None = None
+    ) -> JournalDir:
+        """In a worker process of the holder (which has inherited `lock_fds`): the journal, only to open segments."""
+        manifest = load_manifest(journal_path(out, shard))
         if manifest is None:
-            raise StorageError(f"{journal_path(out)}: the job's MANIFEST.json has disappeared")
-        return cls(out, manifest, Recovered(manifest.salt), None, durability, disk or fsio.disk)
+            raise StorageError(f"{journal_path(out, shard)}: the job's MANIFEST.json has disappeared")
+        return cls(out, manifest, Recovered(manifest.salt), None, durability, disk or fsio.disk, shard)
 
     def segment(self, worker: int = 0) -> Segment:
         """Open a new segment, its header and name on stable storage. Raises StorageError."""
@@ -184,6 +208,30 @@ class JournalDir:
             overwrite=self.overwrite, rows=rows, exit_code=exit_code, finished=finished, observe=observe,
         )  # fmt: skip
 
+    def finish_shard(self, *, rows: int, total: int, skipped: int, exit_code: int, finished: str) -> Final:
+        """Instead of `publish`, for a shard: FINAL.json, by which `merge` knows that it is done. Its `rows` must have
+        an outcome each; `total` rows are in the whole input. Blocking. Raises DamagedError, StorageError."""
+        found = recover(self.path, self.manifest.salt)
+        if found.ok + found.failed != rows:
+            raise DamagedError(
+                f"{self.path}: expected {rows} rows, got {found.ok + found.failed}. Run the same command again"
+            )
+        final = Final(
+            job_id=self.manifest.job_id,
+            rows=rows,
+            ok=found.ok,
+            failed=found.failed,
+            duplicates=found.duplicates,
+            exit_code=exit_code,
+            usage={},
+            results=None,
+            finished=finished,
+            shard=ShardFinal(total, skipped),
+        )
+        fsio.replace_file(self.disk, self.path / "MANIFEST.json", msgspec.json.encode(self.manifest))
+        fsio.replace_file(self.disk, self.path / "FINAL.json", msgspec.json.encode(final))
+        return final
+
     def close(self) -> None:
         """Release the lock (the LOCK file stays)."""
         if self._lock:
@@ -195,7 +243,7 @@ class JournalDir:
             return
         if same_input and not (self.recovered.retry_failed and self.recovered.failed):
             # A results file that was deleted is built again, from the journal, without a request.
-            self.final = final if self.out.exists() else None
+            self.final = final if self.shard is not None or self.out.exists() else None
             return
         reopened = msgspec.structs.replace(final, reopened=True)
         fsio.replace_file(self.disk, self.path / "FINAL.json", msgspec.json.encode(reopened))
@@ -214,11 +262,12 @@ def _load_any(directory: Path) -> Manifest | None:
         return None
 
 
-def _begin_job(out: Path, wanted: Manifest, kept: Manifest | None, overwrite: bool, disk: fsio.Disk) -> Manifest:
-    directory = journal_path(out)
+def _begin_job(
+    out: Path, directory: Path, wanted: Manifest, kept: Manifest | None, overwrite: bool, disk: fsio.Disk
+) -> Manifest:
     if out.exists() and not overwrite:
-        final = load_final(directory) if kept is not None else None
-        if final is None or not _is_published(out, final.results):
+        final = load_final(journal_path(out))
+        if final is None or final.results is None or not _is_published(out, final.results):
             raise UsageError(
                 f"{out}: exists and was not made by this job; choose another --output, or give --overwrite"
             )
@@ -253,6 +302,18 @@ def same_job(
     if any(line.startswith("input") for line in lines):
         ways = f"{ways} (--allow-append accepts an input that has only grown at its end)"
     raise IdentityError(f"{directory} belongs to another job or input: {'; '.join(lines)}; {ways}")
+
+
+def _put_shard_aside(directory: Path, shard: Path, kept: Manifest | None, disk: fsio.Disk) -> None:
+    """--new-job, of a job that has shards: theirs go before it begins, for they count by a salt of their own."""
+    whole = kept or any_manifest(directory)
+    with fsio.storage_errors(shard):
+        aside = directory / f"before-{whole.job_id if whole is not None else 'shards'}"
+        if not aside.is_dir():
+            disk.mkdir(str(aside))
+        disk.replace(str(shard), str(aside / shard.name))
+        disk.sync_dir(str(aside))
+        disk.sync_dir(str(directory))
 
 
 def _put_aside(directory: Path, job_id: str, disk: fsio.Disk) -> None:

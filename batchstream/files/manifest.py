@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from batchstream.errors import DamagedError, IdentityError, StorageError
+from batchstream.files.lock import shards_in
 
 _T = TypeVar("_T")
 
@@ -45,9 +46,17 @@ class Published(msgspec.Struct, frozen=True):
     blake2b: str
 
 
+class ShardFinal(msgspec.Struct, frozen=True):
+    """What a shard knows of the whole when it is done: `total` rows of the input, of which it left out `skipped`
+    invalid ones of its own."""
+
+    total: int
+    skipped: int
+
+
 class Final(msgspec.Struct, kw_only=True):
     """FINAL.json. `usage`: sums over the rows' usage. `reopened`: a later start (--retry-failed, a grown input) has
-    begun to supersede it."""
+    begun to supersede it. `results` is None and `shard` is not where it is a shard's: it publishes nothing."""
 
     job_id: str
     rows: int
@@ -56,9 +65,10 @@ class Final(msgspec.Struct, kw_only=True):
     duplicates: int
     exit_code: int
     usage: dict[str, int]
-    results: Published
+    results: Published | None
     finished: str
     reopened: bool = False
+    shard: ShardFinal | None = None
 
 
 def load_manifest(directory: Path) -> Manifest | None:
@@ -70,6 +80,12 @@ def load_manifest(directory: Path) -> Manifest | None:
             "use that version, or --new-job"
         )
     return manifest
+
+
+def any_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a job of which perhaps only shards were run: their identity is the job's."""
+    found = (load_manifest(path) for path in (directory, *shards_in(directory).values()))
+    return next((manifest for manifest in found if manifest is not None), None)
 
 
 def load_final(directory: Path) -> Final | None:

@@ -8,6 +8,8 @@ tail, the ordinary trace of a crash. Valid records after it, but it lies past th
 asked again. Before the durable mark: what was promised to be safe is gone, DamagedError (salvage reads on).
 
 Which outcome counts: the earliest success, else the latest failure. Every further success was bought twice.
+
+A job's journal holds those of its shards, each with a salt of its own; a shard may hold no row but its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ import msgspec
 
 from batchstream.errors import DamagedError, IdentityError
 from batchstream.files import record
+from batchstream.files.lock import shards_in
+from batchstream.files.manifest import load_manifest
+from batchstream.policy.sharding import Shard
 from batchstream.records import InvalidRow, Request
 
 _OFFSET_BITS = 41
@@ -37,10 +42,12 @@ def segment_files(directory: Path) -> list[Path]:
 
 
 class SegmentState:
-    """What was learnt of one segment: `valid` is the end of its last valid record, in bytes."""
+    """What was learnt of one segment: `valid` is the end of its last valid record, in bytes; `seed` that of its
+    checksums."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seed: int) -> None:
         self.path = path
+        self.seed = seed
         self.valid = 0
         self.mark = 0
         self.ended = False
@@ -115,12 +122,12 @@ class Recovered:
         where = self._where[row]
         state = self.segments[(where >> (_OFFSET_BITS + 1)) - 1]
         with open(state.path, "rb") as file:
-            return self._read(file, state, record.segment_seed(self.salt, state.path.name), row)
+            return self._read(file, state, row)
 
-    def _read(self, file: BinaryIO, state: SegmentState, seed: int, row: int) -> bytes:
+    def _read(self, file: BinaryIO, state: SegmentState, row: int) -> bytes:
         file.seek((self._where[row] >> 1) & ((1 << _OFFSET_BITS) - 1))
         line = file.readline()
-        found = record.result_of(line) if record.valid_line(seed, line) else None
+        found = record.result_of(line) if record.valid_line(state.seed, line) else None
         if found is None or found[0] != row:
             raise DamagedError(
                 f"{state.path}: the record of row {row} changed while it was being read; "
@@ -130,13 +137,12 @@ class Recovered:
 
     def results(self) -> Iterator[tuple[int, bytes]]:
         """(row, result JSON) of every row with an outcome, in row order, each checked once more."""
-        seeds = [record.segment_seed(self.salt, state.path.name) for state in self.segments]
         files: list[BinaryIO] = [open(state.path, "rb", buffering=1 << 18) for state in self.segments]  # noqa: SIM115
         try:
             for row, where in enumerate(self._where):
                 if where:
                     index = (where >> (_OFFSET_BITS + 1)) - 1
-                    yield row, self._read(files[index], self.segments[index], seeds[index], row)
+                    yield row, self._read(files[index], self.segments[index], row)
         finally:
             for file in files:
                 file.close()
@@ -165,14 +171,14 @@ class Recovered:
         self._open.extend(bytes(size))
         return 0
 
-    def _note(self, state: SegmentState, note: dict[str, Any]) -> None:
+    def _note(self, state: SegmentState, note: dict[str, Any], shard: Shard | None) -> None:
         match note["t"]:
             case "a" | "u":
                 for row in note["rows"]:
                     if row >= len(self._open):
                         self._grow(row)
                     self._open[row] = note["t"] == "a"
-            case "b":
+            case "b" if shard is None:  # a shard's are of its own rows only
                 self.blocks[note["i"]] = (note["n"], bytes.fromhex(note["h"]))
             case "m":
                 state.mark = max(state.mark, note["o"])
@@ -181,12 +187,13 @@ class Recovered:
             case _:
                 pass  # "h" is read by check_lengths; "c" changes nothing: the row stays admitted without an outcome
 
-    def read_segment(self, path: Path) -> dict[str, Any] | None:
-        """Take in one segment; its header, or None when that does not validate."""
-        state = SegmentState(path)
+    def read_segment(self, path: Path, salt: str, shard: Shard | None = None) -> dict[str, Any] | None:
+        """Take in one segment; its header, or None when that does not validate. Of a `shard` within a job: raises
+        DamagedError for a row that is not its own."""
+        seed = record.segment_seed(salt, path.name)
+        state = SegmentState(path, seed)
         index = len(self.segments)
         self.segments.append(state)
-        seed = record.segment_seed(self.salt, path.name)
         header: dict[str, Any] | None = None
         pending_damage: list[int] = []
         valid_line, outcome = record.valid_line, record.OUTCOME
@@ -200,12 +207,17 @@ class Recovered:
                     match = outcome.match(line, record.OVERHEAD)
                     if match:
                         kind, row, digest, ok = match.groups()
+                        if shard is not None and not shard.has(int(row)):
+                            raise DamagedError(
+                                f"{path}: holds row {int(row)}, which is not one of shard {shard}; "
+                                "restore the directory's own files"
+                            )
                         self._outcome(index, offset, kind == b"w", int(row), int(digest, 16), ok == b"1")
                     else:
                         note = msgspec.json.decode(line[record.OVERHEAD : -1])
                         if note["t"] == "h":
                             header = note
-                        self._note(state, note)
+                        self._note(state, note, shard)
                     state.valid = offset + len(line)
                 else:
                     pending_damage.append(offset)
@@ -220,14 +232,25 @@ class Recovered:
 
 
 def recover(directory: Path, salt: str, *, strict: bool = True, retry_failed: bool = False) -> Recovered:
-    """Read every segment of `directory`. With `strict`, raises DamagedError where a durable mark was broken.
+    """Read every segment of `directory`, and of the shards in it. With `strict`, raises DamagedError where a durable
+    mark was broken.
 
     Safe beside a running job: it only reads, and a record that is being written looks like a torn tail.
     """
     found = Recovered(salt, retry_failed=retry_failed)
+    take_in(found, directory, salt, strict=strict)
+    for shard, path in shards_in(directory).items():
+        if (manifest := load_manifest(path)) is not None:
+            take_in(found, path, manifest.salt, shard, strict=strict)
+    found.settle()
+    return found
+
+
+def take_in(found: Recovered, directory: Path, salt: str, shard: Shard | None = None, *, strict: bool = True) -> None:
+    """Read the segments that lie in `directory` itself into `found`; `settle` comes last."""
     lengths: dict[str, int] = {}
     for path in segment_files(directory):
-        header = found.read_segment(path)
+        header = found.read_segment(path, salt, shard)
         state = found.segments[-1]
         broken = next((offset for offset in state.damage if offset < state.mark), None)
         if strict and broken is not None:
@@ -238,8 +261,6 @@ def recover(directory: Path, salt: str, *, strict: bool = True, retry_failed: bo
         lengths.update(header["after"] if header else {})
     if strict:
         _check_lengths(directory, lengths)
-    found.settle()
-    return found
 
 
 def _check_lengths(directory: Path, lengths: dict[str, int]) -> None:

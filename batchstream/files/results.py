@@ -13,7 +13,7 @@ import msgspec
 
 from batchstream.errors import InputError
 from batchstream.files.lock import journal_path
-from batchstream.files.manifest import load_manifest
+from batchstream.files.manifest import any_manifest
 from batchstream.files.recovery import Recovered, recover
 
 
@@ -36,7 +36,7 @@ def read_journal(out: Path, *, salvage: bool = False) -> Recovered:
     InputError when there is no journal.
     """
     directory = out if out.is_dir() else journal_path(out)
-    manifest = load_manifest(directory) if directory.is_dir() else None
+    manifest = any_manifest(directory) if directory.is_dir() else None
     if manifest is None:
         raise InputError(f"{out}: expected a results file or a journal, found neither")
     return recover(directory, manifest.salt, strict=not salvage)

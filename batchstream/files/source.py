@@ -21,6 +21,7 @@ import msgspec
 from batchstream.errors import InputError, UsageError
 from batchstream.files.formats import InputPlace, RawRow, open_format
 from batchstream.files.rows import REQUEST_COLUMNS, Build, Row, RowReader
+from batchstream.policy.sharding import Shard
 from batchstream.records import Api
 
 __all__ = ["BATCH_ROWS", "BLOCK_ROWS", "Build", "Row", "Source", "SourceSpec", "open_source"]
@@ -37,7 +38,7 @@ class SourceSpec(msgspec.Struct, frozen=True, kw_only=True):
     it was spooled to, see spool.py). `defaults` are the job's request parameters; the row wins, and a null
     in a row counts as "not given". `include_usage` is asked of Batch lines that do not say. `system` is the system
     prompt of rows without one. `keep` names columns that are copied through, "all" the whole row. `limit` cuts the
-    input first, then `sample` rows are drawn with `seed`.
+    input first, then `sample` rows are drawn with `seed`; of these only the `shard`'s are given.
     """
 
     paths: tuple[str, ...]
@@ -54,16 +55,20 @@ class SourceSpec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     max_line_bytes: int = 64 << 20
     spool: str | None = None
+    shard: Shard | None = None
 
 
 class Source:
-    """An opened input. It may be read any number of times, and gives the same rows each time."""
+    """An opened input. It may be read any number of times, and gives the same rows each time.
+
+    `total`: rows of the input, `limit` applied, once it has been read to its end."""
 
     def __init__(self, spec: SourceSpec, build: Build) -> None:
         self.spec = spec
         self.files: tuple[InputPlace, ...] = find_files(spec)
         self._build = build
         self._chosen: frozenset[int] | None = None
+        self.total: int | None = None
 
     def batches(self, start_row: int = 0) -> Iterator[list[Row]]:
         """Batches of 1 to 32 rows in input order, from the first row whose ordinal is at least `start_row`.
@@ -71,7 +76,7 @@ class Source:
         Blocking: pull it from a helper thread. Raises InputError when a file as a whole cannot be read
         (missing, cut compression, no request in its rows); a bad row is an `InvalidRow`, never an exception.
         """
-        chosen = self._sampled()
+        chosen, shard = self._sampled(), self.spec.shard
         batch: list[Row] = []
         row = 0
         for place in self.files:
@@ -79,7 +84,8 @@ class Source:
             for raw in self._raw_rows(place, reader):
                 if self.spec.limit is not None and row >= self.spec.limit:
                     break
-                if row >= start_row and (chosen is None or row in chosen):
+                mine = (chosen is None or row in chosen) and (shard is None or shard.has(row))
+                if mine and row >= start_row:
                     batch.append(reader.read(row, place.name, raw))
                 row += 1
                 if batch and (len(batch) == BATCH_ROWS or row % BLOCK_ROWS == 0):
@@ -87,11 +93,19 @@ class Source:
                     yield batch
                     batch = []
             reader.check_shape(place.name)
+        self.total = row
         if batch:
             yield batch
 
     def count(self) -> int:
-        """Rows of the input, `limit` applied, read as fast as the format allows: without making requests."""
+        """How many rows `batches` gives, read as fast as the format allows: without making requests."""
+        chosen, shard = self._sampled(), self.spec.shard
+        if chosen is not None:
+            return len(chosen) if shard is None else sum(map(shard.has, chosen))
+        total = self._count_all()
+        return total if shard is None else shard.count(total)
+
+    def _count_all(self) -> int:
         total = 0
         for place in self.files:
             with open_format(place, self.spec.max_line_bytes) as file:
@@ -104,7 +118,7 @@ class Source:
 
     def _sampled(self) -> frozenset[int] | None:
         if self.spec.sample is not None and self._chosen is None:
-            total = self.count()
+            total = self._count_all()
             # S311: which rows are drawn is to be repeatable, not secret.
             self._chosen = frozenset(random.Random(self.spec.seed).sample(range(total), min(self.spec.sample, total)))  # noqa: S311
         return self._chosen

@@ -19,6 +19,7 @@ from batchstream.figures.evidence import Evidence
 from batchstream.files.journal import JournalDir
 from batchstream.job import Job
 from batchstream.policy.limits import Rates
+from batchstream.policy.sharding import Shard
 from batchstream.records import Failure, InvalidRow, Request
 
 
@@ -33,6 +34,7 @@ class Begin(msgspec.Struct, tag=True):
     key: str | None
     headers: dict[str, str]
     out: str
+    shard: Shard | None
     worker: int
     slots: int | None
     rates: Rates
@@ -45,7 +47,9 @@ class Begin(msgspec.Struct, tag=True):
         cls, job: Job, target: Target, journal: JournalDir, rates: Rates, slots: int | None, secrets: tuple[str, ...]
     ) -> Begin:
         """For any worker of the job; `Pool` fills in what is one worker's own."""
-        return cls(job, target.base_url, target.key, target.headers, str(journal.out), 0, slots, rates, secrets)
+        return cls(
+            job, target.base_url, target.key, target.headers, str(journal.out), journal.shard, 0, slots, rates, secrets
+        )
 
     def __repr__(self) -> str:
         return f"Begin(worker {self.worker})"

@@ -22,6 +22,7 @@ from batchstream.files.manifest import Final
 from batchstream.files.recovery import recover
 from batchstream.job import Job
 from batchstream.launch.opening import Interrupted
+from batchstream.policy.sharding import Shard
 from batchstream.shard import Control
 
 EXIT_OF = {"account": 4, "endpoint": 4, "budget": 5, "storage": 14}
@@ -43,18 +44,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Serving:
     """What the serving of one run's rows came to.
 
-    `taken`: rows of the input, `skipped`: invalid ones left out, `exhausted` once the input was read to its end, `over`
+    `taken`: rows of the input, `skipped`: invalid ones left out, `exhausted` once the input was read to its end, when
+    its `input_rows` are known, those of other shards included; `over`
     when no request is under way any more; `seconds` of the monotonic clock; the client's `evidence` about itself;
     `requests` that left, None where none could; `taken_over`: rows that were in flight when a worker died and were
     asked again by another.
     """
 
-    __slots__ = ("evidence", "exhausted", "over", "requests", "seconds", "skipped", "taken", "taken_over")
+    __slots__ = ("evidence", "exhausted", "input_rows", "over", "requests", "seconds", "skipped", "taken", "taken_over")
 
     def __init__(self) -> None:
         self.taken = 0
         self.skipped = 0
         self.exhausted = False
+        self.input_rows: int | None = None
         self.requests: int | None = None
         self.over = False
         self.taken_over = 0
@@ -73,7 +76,10 @@ class _Stored(NamedTuple):
 class Conclusion:
     """Makes the `Report` of a run that began at `started_at` (ISO 8601, UTC). Blocking: call it in a thread."""
 
-    def __init__(self, job: Job, plan: Plan, out: Path, started_at: str, control: Control) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, out: Path, started_at: str, control: Control, shard: Shard | None = None
+    ) -> None:
+        self._shard = shard
         self._job = job
         self._control = control
         self._plan = plan
@@ -84,7 +90,7 @@ class Conclusion:
     def skipped(self) -> Report:
         """Another run holds the job, and the user wants that passed over."""
         message = "another run holds the job; skipped (--if-locked skip)"
-        journal = journal_path(self._out)
+        journal = journal_path(self._out, self._shard)
         return Report(exit_code=0, message=message, output=self._out, journal=journal, summary=None)
 
     def interrupted(self, stop: Stop) -> Report:
@@ -94,7 +100,7 @@ class Conclusion:
             exit_code=128 + stop.signal,
             message=f"stopped: {stop.message}; {what}",
             output=self._out,
-            journal=journal_path(self._out),
+            journal=journal_path(self._out, self._shard),
             summary=None,
             stop=stop,
         )
@@ -105,8 +111,10 @@ class Conclusion:
         figures = self._summary(journal, Serving(), self._stored(journal), None, exit_code)
         message = f"finished before ({final.rows} rows); nothing was sent"
         if exit_code:
-            message = f"{message}; {_too_many(figures, self._job.max_failures)}"
-        return self._report(journal, exit_code, message, figures, published=True)
+            message = f"{message}; {too_many(figures, self._job.max_failures)}"
+        if self._shard is not None:
+            message = f"{_done(self._shard, final.rows, self._out)}: {message}"
+        return self._report(journal, exit_code, message, figures, published=self._shard is None)
 
     def after(self, journal: JournalDir, progress: Progress, serving: Serving, stop: Stop | None) -> Report:
         """After the last request: publish, or say why not. Raises Interrupted when that was cut short."""
@@ -119,10 +127,12 @@ class Conclusion:
             figures = self._summary(journal, serving, self._stored(journal), stop, exit_code, progress)
             return self._report(journal, exit_code, _stopped(stop, figures), figures, stop=stop)
         total = before + serving.taken
-        if total == 0:
+        if total == 0 and self._shard is None:
             journal.warnings.append(f"{job.input}: no rows; the results are empty")
         failed = progress.failed + (before - journal.recovered.ok)
         exit_code = 3 if failed > job.max_failures else 0
+        if self._shard is not None:
+            return self._after_shard(journal, progress, serving, total, exit_code)
         tally = Tally(since=self._started_at)
 
         def observe(result: bytes) -> None:
@@ -133,8 +143,26 @@ class Conclusion:
         self._publishing = True
         final = journal.publish(rows=total, exit_code=exit_code, finished=now_iso(), observe=observe)
         figures = self._summary(journal, serving, _Stored(tally, final.duplicates), None, exit_code, progress)
-        message = _too_many(figures, job.max_failures) if exit_code else "finished"
+        message = too_many(figures, job.max_failures) if exit_code else "finished"
         return self._report(journal, exit_code, message, figures, published=True)
+
+    def _after_shard(
+        self, journal: JournalDir, progress: Progress, serving: Serving, total: int, exit_code: int
+    ) -> Report:
+        assert self._shard is not None  # noqa: S101  (whoever calls)
+        assert serving.input_rows is not None  # noqa: S101  (read to its end)
+        journal.finish_shard(
+            rows=total,
+            total=serving.input_rows,
+            skipped=serving.skipped,
+            exit_code=exit_code,
+            finished=now_iso(),
+        )
+        figures = self._summary(journal, serving, self._stored(journal), None, exit_code, progress)
+        message = _done(self._shard, total, self._out)
+        if exit_code:
+            message = f"{message}; {too_many(figures, self._job.max_failures)}"
+        return self._report(journal, exit_code, message, figures)
 
     def _clean(self, stop: Stop) -> Stop:
         """Endpoints like to repeat the key in the message that refuses it."""
@@ -177,7 +205,7 @@ class Conclusion:
             stop=None if stop is None else stop.message,
             endpoint=self._plan.label,
             model=self._plan.model,
-            output=str(self._out),
+            output=str(self._out) if self._shard is None else None,
             journal=str(journal.path),
             pending=pending,
             requests=serving.requests,
@@ -234,7 +262,11 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _too_many(figures: Summary, allowed: int) -> str:
+def _done(shard: Shard, rows: int, out: Path) -> str:
+    return f"shard {shard} is done ({rows} rows); once all are, `batchstream merge {out}` makes the results of them"
+
+
+def too_many(figures: Summary, allowed: int) -> str:
     """Why a finished run is no success, and what helps."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in figures.failures.items())
     said = f"{figures.rows.failed} rows failed ({kinds}), {allowed} allowed (--max-failures)"

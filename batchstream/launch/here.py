@@ -23,7 +23,7 @@ from batchstream.figures.cost import cost_of
 from batchstream.files.fingerprint import ProvenRows
 from batchstream.files.journal import JournalDir
 from batchstream.files.source import Row, Source
-from batchstream.intake import output_of
+from batchstream.intake import output_of, shard_of
 from batchstream.job import Job
 from batchstream.launch.channel import Begin
 from batchstream.launch.conclusion import Conclusion, Report, Serving, now_iso
@@ -31,6 +31,7 @@ from batchstream.launch.loops import loop_factory
 from batchstream.launch.opening import Interrupted, Opening, Skipped
 from batchstream.launch.processes import Pool, worker_count
 from batchstream.launch.signals import listen
+from batchstream.policy.sharding import Shard
 from batchstream.records import InvalidRow
 from batchstream.shard import Control, Hooks, run_shard
 
@@ -58,7 +59,7 @@ async def run_async(
 ) -> Report:
     """See `run`. `control` stops the run from outside."""
     control = control or Control()
-    whole = _Run(job, plan(job), control, hooks or Hooks(), watch or nullcontext)
+    whole = _Run(job, plan(job), shard_of(job), control, hooks or Hooks(), watch or nullcontext)
     restore = listen(control, whole.say_signal) if handle_signals else None
     try:
         return await whole.go()
@@ -68,7 +69,8 @@ async def run_async(
 
 
 class _Run:
-    def __init__(self, job: Job, plan: Plan, control: Control, hooks: Hooks, watch: Watch) -> None:
+    def __init__(self, job: Job, plan: Plan, shard: Shard | None, control: Control, hooks: Hooks, watch: Watch) -> None:
+        self._shard = shard
         self._job = job
         self._plan = plan
         self._control = control
@@ -94,9 +96,9 @@ class _Run:
     async def go(self) -> Report:
         job, started_at = self._job, now_iso()
         out = output_of(job)
-        conclusion = Conclusion(job, self._plan, out, started_at, self._control)
+        conclusion = Conclusion(job, self._plan, out, started_at, self._control, self._shard)
         try:
-            source, journal = await Opening(job, self._plan, out, self._control, started_at).open()
+            source, journal = await Opening(job, self._plan, out, self._control, started_at, shard=self._shard).open()
             try:
                 if journal.final is not None:
                     return await asyncio.to_thread(conclusion.finished_before, journal, journal.final)
@@ -123,6 +125,7 @@ class _Run:
             counting.cancel()
             serving.over = True
             serving.requests = progress.requests
+            serving.input_rows = source.total
         return await asyncio.to_thread(conclusion.after, journal, progress, serving, stop)
 
     async def _ask(self, proven: ProvenRows, target: Target, journal: JournalDir, progress: Progress) -> Stop | None:
@@ -134,6 +137,8 @@ class _Run:
         workers, why = worker_count(job, slots, paced=rates.known)
         if why:
             note(why)
+        if self._shard is not None and rates.known:
+            note(f"the limits are this shard's own: what {self._shard.of} of them may use together is up to you")
         began = time.monotonic()
         if workers > 1:
             pool = Pool(workers, Begin.of(job, target, journal, rates, slots, hidden), journal, progress, self._hooks)

@@ -26,6 +26,7 @@ from batchstream.files.source import Source
 from batchstream.files.spool import spool_stdin
 from batchstream.intake import identity, open_job_source
 from batchstream.job import Job
+from batchstream.policy.sharding import Shard
 from batchstream.records import InvalidRow
 from batchstream.shard import Control
 
@@ -41,13 +42,22 @@ class Skipped(Exception):  # noqa: N818  (no error)
 
 
 class Opening:
-    """Opens the input and the journal of `job`, whose results go to `out`."""
+    """Opens the input and the journal of `job`, or of a `shard` of it, whose results go to `out`."""
 
     def __init__(
-        self, job: Job, plan: Plan, out: Path, control: Control, started_at: str, more: dict[str, Any] | None = None
+        self,
+        job: Job,
+        plan: Plan,
+        out: Path,
+        control: Control,
+        started_at: str,
+        more: dict[str, Any] | None = None,
+        *,
+        shard: Shard | None = None,
     ) -> None:
         """`more` belongs to the job's identity as well."""
         self._job = job
+        self._shard = shard
         self._more = more or {}
         self._plan = plan
         self._out = out
@@ -61,8 +71,8 @@ class Opening:
         lock = None
         # What comes over a pipe can be read once only: it is kept in the journal, and that wants the lock first. Where
         # there is a lock file, it comes first as well: who comes second hears so at once, whatever the input's size.
-        if self._job.input == "-" or lock_path(self._out).exists():
-            lock = await self._patiently(hold, self._out, started=self._started_at)
+        if self._job.input == "-" or lock_path(self._out, self._shard).exists():
+            lock = await self._patiently(hold, self._out, started=self._started_at, shard=self._shard)
         try:
             source = await self._unless_stopped(self._source, lock if self._job.input == "-" else None)
         except BaseException:
@@ -77,7 +87,7 @@ class Opening:
         if lock is not None:
             stdin = _Stdin(self._control)
             spool = str(spool_stdin(stdin, lock.path, new_job=job.new_job, allow_append=job.allow_append))
-        source = open_job_source(job, self._plan, spool)
+        source = open_job_source(job, self._plan, spool, self._shard)
         if job.invalid == "fail":
             for bad in (row for batch in source.batches() for row in batch if isinstance(row, InvalidRow)):
                 raise InputError(f"{bad.message} (--invalid record goes on without such rows)")
@@ -105,6 +115,7 @@ class Opening:
             durability=job.durability,
             spill_dir=Path(job.spill_dir) if job.spill_dir else None,
             lock=lock,
+            shard=self._shard,
         )
 
     async def _patiently(self, take: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:

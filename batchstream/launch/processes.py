@@ -170,7 +170,7 @@ class Pool:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            process = _spawn(theirs.fileno(), self._journal.lock_fd)
+            process = _spawn(theirs.fileno(), self._journal.lock_fds)
         worker = self._workers[number] = _Worker(number, process, await Channel.over(ours, News))
         worker.channel.send(msgspec.structs.replace(self._begin, worker=number))
         for lane, until in self._gates.items():
@@ -357,11 +357,11 @@ def merge(progress: Progress, counts: list[dict[str, Any]]) -> None:
         progress.levels.append((time.monotonic(), progress.slots))
 
 
-def _spawn(fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
+def _spawn(fd: int, lock_fds: list[int]) -> subprocess.Popen[bytes]:
     """A worker process with that end of the socket pair, and with the job's lock, which lasts as long as any of us."""
     return subprocess.Popen(  # noqa: S603  (ourselves)
         [sys.executable, "-m", "batchstream.launch.worker", str(fd)],
-        pass_fds=[fd, lock_fd] if lock_fd >= 0 else [fd],
+        pass_fds=[fd, *lock_fds],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

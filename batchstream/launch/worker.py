@@ -93,7 +93,7 @@ class Worker:
 
     async def run(self) -> Ended:
         begin, control = self._begin, self._control
-        journal = JournalDir.join(Path(begin.out), durability=begin.job.durability)
+        journal = JournalDir.join(Path(begin.out), durability=begin.job.durability, shard=begin.shard)
         hooks = Hooks(
             on_stored=self._stored.extend,
             on_durable=self._durable if begin.durable else None,

@@ -118,7 +118,7 @@ def test_a_child_that_inherits_the_lock_keeps_it(job):
     source, out, _ = job
     journal = acquire(source, out)
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[journal.lock_fd]) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=journal.lock_fds) as child:
         journal.close()
         with pytest.raises(LockedError):
             acquire(source, out)
