@@ -19,7 +19,7 @@ import socket
 import time
 from pathlib import Path
 
-from batchstream.errors import LockedError, UsageError
+from batchstream.errors import IdentityError, LockedError, UsageError
 from batchstream.files import fsio
 from batchstream.policy.sharding import Shard
 
@@ -74,13 +74,15 @@ def hold(out: Path, *, started: str, shard: Shard | None = None, disk: fsio.Disk
     """Create the state directory if need be and lock it, without waiting: the job's, or one `shard`'s.
 
     `started` is the start time (ISO 8601) that is shown to whoever comes second. Raises LockedError naming the
-    holder, StorageError when the directory cannot be made, UsageError when something else has its name.
+    holder, IdentityError for a shard beside others that are not its like, StorageError when the directory cannot be
+    made, UsageError when something else has its name.
     """
     disk = disk or fsio.disk
     if shard is None:
         return _hold(out, journal_path(out), f"{out}: another run", started, disk)
     of_job = _hold(out, journal_path(out), f"{out}: another run", started, disk, shared=True)
     try:
+        check_company(journal_path(out), shard)  # before there is a trace of this shard
         return _hold(
             out, journal_path(out, shard), f"{out}: another run of shard {shard}", started, disk, of_job=of_job
         )
@@ -128,6 +130,18 @@ def _hold(
             ) from None
         raise fsio.storage_error(directory / "LOCK", error) from error
     return Lock(directory, fd, disk, of_job)
+
+
+def check_company(directory: Path, shard: Shard) -> None:
+    """Raises IdentityError where `shard` would do again what others in the job's `directory` have done."""
+    if any(directory.glob("seg-*.bsj")):
+        raise IdentityError(f"{directory}: holds answers of a run without --shard; go on without it")
+    for other in shards_in(directory):
+        if other.of != shard.of:
+            raise IdentityError(
+                f"{directory}: was begun with {other.of} shards, now there are to be {shard.of}; give --shard "
+                f"{min(shard.index, other.of)}/{other.of}, or finish it without --shard: that takes in what they have"
+            )
 
 
 def _lock_patiently(disk: fsio.Disk, fd: int, *, shared: bool) -> None:

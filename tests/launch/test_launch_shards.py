@@ -93,10 +93,13 @@ def test_a_killed_shard_resumes_by_itself_beside_the_others(tmp_path: Path) -> N
             for i in (1, 2)
         ]
         eventually(lambda: slow.ledger.requests > 80, "80 requests")
+        for shard in shards:
+            shard.send_signal(signal.SIGSTOP)  # it still holds its lock
         busy = merge(tmp_path)
         same = run(slow, "--shard", "2/2", cwd=tmp_path)
         shards[0].send_signal(signal.SIGKILL)
         shards[0].communicate()
+        shards[1].send_signal(signal.SIGCONT)
         _, stderr = shards[1].communicate(timeout=60)
         assert shards[1].returncode == 0, stderr
         assert busy.returncode == 11, busy.stderr
