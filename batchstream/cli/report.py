@@ -28,6 +28,7 @@ batchstream report results.jsonl
 batchstream report results.jsonl --format json
 batchstream report monday.jsonl tuesday.jsonl --format markdown
 batchstream report results.jsonl --format html -o report.html
+batchstream report monday.jsonl tuesday.jsonl --compare --fail-if 'ttft.p95 > +10%'
 batchstream report results.jsonl --salvage
 """
 
@@ -48,15 +49,36 @@ batchstream report results.jsonl --salvage
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write there and not to stdout.")
 @click.option("--include-text", is_flag=True, help="html: show the answers of the slowest requests.")
+@click.option("--compare", is_flag=True, help="Compare two OUTs: B against A, with confidence intervals.")
+@click.option(
+    "--fail-if",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Exit 3 when it holds: 'ttft.p95 > +10%' (B against A), 'latency.p99 > 2s', 'failed > 1%' (the last OUT).",
+)
 @click.option("--salvage", is_flag=True, help="Pass over damage in a journal and count what is left.")
 @click.pass_obj
 def command(
-    voice: Voice, out: tuple[Path, ...], style: str, output: Path | None, include_text: bool, salvage: bool
-) -> None:
+    voice: Voice,
+    out: tuple[Path, ...],
+    style: str,
+    output: Path | None,
+    include_text: bool,
+    compare: bool,
+    conditions: tuple[str, ...],
+    salvage: bool,
+) -> int:
     if style == "html" and len(out) != 1:
         raise UsageError(f"--format html makes one page of one OUT, got {len(out)}")
     if include_text and style != "html":
         raise UsageError("--include-text is of --format html")
+    if compare or conditions:
+        if compare and len(out) != 2:
+            raise UsageError(f"--compare sets two OUTs side by side, got {len(out)}")
+        if style not in ("text", "json") or output is not None:
+            raise UsageError("--compare and --fail-if give text or json, on stdout")
+        return _compared(out, style, voice, conditions, show=compare, salvage=salvage)
     pieces = [_rendered(path, style, voice, salvage=salvage, include_text=include_text) for path in out]
     data = b"" if style == "json" else b"\n"  # text of several is told apart by a blank line
     if output is None:
@@ -65,6 +87,30 @@ def command(
         from batchstream.files import fsio
 
         fsio.replace_file(fsio.disk, output, data.join(pieces), mode=0o666)
+    return 0
+
+
+def _compared(
+    out: tuple[Path, ...], style: str, voice: Voice, conditions: tuple[str, ...], *, show: bool, salvage: bool
+) -> int:
+    """Show the comparison if that is wanted; 3 when one of `conditions` holds for the last of `out`."""
+    from batchstream.figures.compare import broken, compare, parse_condition, side
+    from batchstream.report.comparison import render_comparison
+
+    try:
+        wanted = [parse_condition(text) for text in conditions]
+        sides = [side(str(path), (data for _, data in _rows(path, salvage=salvage))) for path in out[-2:]]
+        last, first = sides[-1], sides[0] if len(sides) == 2 else None
+        hit = [told for condition in wanted if (told := broken(condition, first, last)) is not None]
+    except ValueError as error:
+        raise UsageError(f"--fail-if: {error}") from None
+    if show and first is not None:
+        found = compare(first, last)
+        text = render_comparison(first, last, found).encode()
+        emit(text if style == "text" else msgspec.json.encode(found) + b"\n")
+    for told in hit:
+        voice.error(told, 3)
+    return 3 if hit else 0
 
 
 def _rendered(path: Path, style: str, voice: Voice, *, salvage: bool, include_text: bool) -> bytes:

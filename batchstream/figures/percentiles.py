@@ -104,9 +104,9 @@ class Sample:
         high = self._ordered(min(rank + 1, self.n))
         return (low + (high - low) * share) / 1e6
 
-    def interval(self, q: float) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the q-quantile in seconds, or None for too small a sample."""
-        ranks = interval_ranks(self.n, q)
+    def interval(self, q: float, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+        """The confidence interval (95 %) of the q-quantile in seconds, or None for too small a sample."""
+        ranks = interval_ranks(self.n, q, confidence)
         if ranks is None:
             return None
         return self._ordered(ranks[0]) / 1e6, self._ordered(ranks[1]) / 1e6
@@ -171,8 +171,9 @@ def needed_for(q: float) -> int:
     return n
 
 
-def interval_ranks(n: int, q: float) -> tuple[int, int] | None:
-    """Ranks (1 = smallest) of the two order statistics that enclose the true q-quantile in 95 % of samples.
+def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[int, int] | None:
+    """Ranks (1 = smallest) of the two order statistics that enclose the true q-quantile in 95 % of samples (or in
+    another share of them, `confidence`).
 
     None where no two do, and for the minimum and the maximum.
     """
@@ -187,7 +188,7 @@ def interval_ranks(n: int, q: float) -> tuple[int, int] | None:
     held = peak
     below = _step_down(peak, first, n, odds)
     above = _step_up(peak, last, n, odds)
-    while held < CONFIDENCE:
+    while held < confidence:
         if first > 1 and (below >= above or last == n - 1):
             first -= 1
             held += below

@@ -165,3 +165,32 @@ def test_a_reader_that_leaves_ends_an_export_quietly(tmp_path: Path) -> None:
         export.stdout.close()
         assert export.stderr.read() == ""
         assert export.wait(60) == -signal.SIGPIPE
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(60)))
+    for name, ttft in (("a", 0.01), ("b", 0.05)):
+        sim = ["--provider", "sim", "--sim", f"ttft={ttft}", "--sim", "tokens=3", "--concurrency", "20"]
+        assert batchstream("run", "p.jsonl", *sim, "-o", f"{name}.jsonl", "-q", cwd=tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_two_runs_are_compared_with_intervals(two: Path) -> None:
+    done = batchstream("report", "a.jsonl", "b.jsonl", "--compare", cwd=two)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ttft ") and " paired " in line]
+    assert line.endswith("higher")
+    same = batchstream("report", "a.jsonl", "a.jsonl", "--compare", cwd=two)
+    assert "No difference shown" in same.stdout
+
+
+def test_a_condition_that_holds_is_exit_code_3(two: Path) -> None:
+    bad = batchstream("report", "a.jsonl", "b.jsonl", "--fail-if", "ttft.p50 > +50%", cwd=two)
+    assert bad.returncode == 3
+    assert "ttft.p50 > +50%" in bad.stderr
+    good = batchstream("report", "b.jsonl", "--fail-if", "failed > 0%", "--fail-if", "ttft.p50 > 10s", cwd=two)
+    assert (good.returncode, good.stdout) == (0, "")
+    wrong = batchstream("report", "b.jsonl", "--fail-if", "ttft.p50 > +5%", cwd=two)
+    assert wrong.returncode == 2
+    assert "compares two runs" in wrong.stderr
