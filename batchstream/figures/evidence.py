@@ -26,6 +26,9 @@ STALL_MAX_S = 0.1
 CPU_SHARE_MAX = 0.85
 """Of one core, for the busiest worker. Waiting times grow as 1/(1 - share): beyond this, bursts queue in the client."""
 
+IDLE_BELOW = 0.25
+"""Of one core: a client that used less was not late by its own work."""
+
 GC_SHARE_MAX = 0.01
 """Share of the run spent in garbage collection: 1 %, the accuracy that rates and throughput are promised with."""
 
@@ -78,6 +81,13 @@ def together(workers: list[Evidence], more_cpu_s: float = 0.0) -> Evidence:
     return msgspec.convert({**found, "workers": len(workers)}, Evidence)
 
 
+def _cure(evidence: Evidence) -> str:
+    """A loop that is late although it had little to do was kept waiting by somebody else."""
+    if evidence.cpu_share is not None and evidence.cpu_share < IDLE_BELOW:
+        return f"look for other load on this machine (this client used {evidence.cpu_share:.0%} of a core)"
+    return "use more workers or fewer streams"
+
+
 def verdict(evidence: Evidence, typical_ttft_s: float | None = None) -> tuple[Verdict, list[str]]:
     """Whether the latencies are the endpoint's, and each reason why not: what was seen, the limit, what to do.
 
@@ -94,7 +104,7 @@ def verdict(evidence: Evidence, typical_ttft_s: float | None = None) -> tuple[Ve
     judge(
         evidence.loop_lag_p99_s,
         max(LOOP_LAG_P99_MAX_S, ERROR_SHARE * (typical_ttft_s or 0.0)),
-        "event loop {seen_ms:.1f} ms late at p99 (limit {limit_ms:.0f} ms): use more workers or fewer streams",
+        f"event loop {{seen_ms:.1f}} ms late at p99 (limit {{limit_ms:.0f}} ms): {_cure(evidence)}",
     )
     stall = "{what} of {{seen_ms:.0f}} ms (limit {{limit_ms:.0f}} ms): maxima and p99.9 may be the client's; {cure}"
     judge(

@@ -68,3 +68,9 @@ def test_of_several_workers_the_worst_counts_and_the_work_adds_up() -> None:
     both = together([one, two], more_cpu_s=1.0)
     assert (both.workers, both.elapsed_s, both.loop_lag_p99_s, both.cpu_share) == (2, 12.0, 0.004, 0.75)
     assert (both.cpu_s, both.reads, both.connections, both.events) == (15.0, 150, 4, None)
+
+
+def test_an_idle_client_that_is_late_blames_the_machine() -> None:
+    lateness = Evidence(elapsed_s=10.0, loop_lag_p99_s=0.02, cpu_share=0.05)
+    (reason,) = verdict(lateness)[1]
+    assert reason.endswith("look for other load on this machine (this client used 5% of a core)")
