@@ -28,7 +28,7 @@ batchstream report results.jsonl
 batchstream report results.jsonl --format json
 batchstream report monday.jsonl tuesday.jsonl --format markdown
 batchstream report results.jsonl --format html -o report.html
-batchstream report a.jsonl b.jsonl --compare --fail-if 'ttft.p95 > +10%'
+batchstream report a.jsonl b.jsonl --compare --fail-if 'ttft.p95>+10%'
 batchstream report results.jsonl --salvage
 """
 
