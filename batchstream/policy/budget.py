@@ -136,7 +136,8 @@ class Spending:
         if budget.tokens is not None and self.tokens >= budget.tokens:
             return f"--max-tokens-total {budget.tokens} are used up ({self.tokens} so far)"
         if budget.cost is not None and self.cost >= budget.cost:
-            return f"--max-cost {budget.cost:g} is used up ({self.cost:.6g} so far, earlier runs of this job included; a higher one goes on)"
+            so_far = f"{self.cost:.6g} so far, earlier runs of this job included"
+            return f"--max-cost {budget.cost:g} is used up ({so_far}; a higher one goes on)"
         return None
 
     def _estimate(self, model: str, cost: Cost) -> float:
