@@ -27,7 +27,7 @@ from batchstream.net.deadlines import Limits
 from batchstream.net.exchange import Traffic
 from batchstream.net.transport import Transport
 from batchstream.policy.breaker import Breaker, Outage, parse_breaker
-from batchstream.policy.budget import Budget, parse_prices
+from batchstream.policy.budget import Budget, Ledger, parse_prices
 from batchstream.policy.concurrency import Concurrency
 from batchstream.policy.limits import Lanes, Rates
 from batchstream.policy.retry import RetryPolicy
@@ -108,6 +108,7 @@ async def run_shard(
     slots: int | None,
     secrets: tuple[str, ...],
     spent: float = 0.0,
+    ledger: Ledger | None = None,
     worker: int = 0,
     schedule: Iterator[float] | None = None,
 ) -> Stop | None:
@@ -115,7 +116,8 @@ async def run_shard(
 
     `secrets` are kept out of everything that is stored; `take_blocks` gives the hashes of input blocks read since
     the last call: (index, rows, hash). `rates` and `slots` as `connect` knows them; `spent` is what the job's earlier
-    runs have cost, where --max-cost asks; `schedule`: when the rows are due (`engine.runner`).
+    runs have cost, where --max-cost asks; `schedule`: when the rows are due (`engine.runner`);
+    `ledger`: what other processes of the job spend of its budget meanwhile.
     Returns why it stopped early, or None. Raises StorageError when results could not be stored.
     """
     segment = await asyncio.to_thread(journal.segment, worker)
@@ -140,7 +142,7 @@ async def run_shard(
     try:
         async with transport_for(job, progress.traffic) as transport:
             client = Client(transport, target, limits_of(job))
-            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks, schedule)
+            runner = runner_for(job, client, store, progress, rates, slots, spent, hooks, schedule, ledger)
             control.bind(runner)
             async with aclosing(ahead(rows, note_blocks)) as batches:
                 stop = await runner.run(batches, drain_timeout=job.drain_timeout)
@@ -169,6 +171,7 @@ def runner_for(
     spent: float,
     hooks: Hooks,
     schedule: Iterator[float] | None = None,
+    ledger: Ledger | None = None,
 ) -> Runner:
     """A runner with the job's policy; `slots` None: it finds out how many are good."""
     settings = parse_breaker(job.breaker)
@@ -183,6 +186,7 @@ def runner_for(
         budget=budget_of(job, datetime.now().astimezone(), spent),
         prices=parse_prices(job.price),
         outage=Outage(job.max_outage, enabled=settings.enabled),
+        ledger=ledger,
         schedule=schedule,
         on_failure=hooks.on_failure,
         on_gate=hooks.on_gate,

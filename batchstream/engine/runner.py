@@ -30,7 +30,7 @@ from batchstream.engine.departures import UNDER_WAY_PER_SLOT, Departures
 from batchstream.engine.outcome import invalid_result, result_of
 from batchstream.engine.progress import Progress
 from batchstream.policy.breaker import Breaker, Outage
-from batchstream.policy.budget import Budget, Estimator, Prices, Spending
+from batchstream.policy.budget import Budget, Estimator, Ledger, Prices, Spending
 from batchstream.policy.concurrency import Concurrency
 from batchstream.policy.limits import NOTHING, ONE, Cost, Lane, Lanes
 from batchstream.policy.retry import ACCOUNT_KINDS, NOT_THE_ROWS, RetryPolicy, daily_limit
@@ -40,6 +40,9 @@ _ANSWER_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 READ_AHEAD = 64
 """Rows taken in at least, so that the next one is at hand when a slot becomes free …"""
+
+LEDGER_S = 0.05
+"""Where a budget is shared: how often those who wait look what others have spent."""
 
 READ_AHEAD_LANES = 1024
 """… and where rows go by several lanes, so that those of a narrow one do not hide the others' from us."""
@@ -81,7 +84,8 @@ class Runner:
     """Runs rows through a client into a sink. One use; all methods on one event loop.
 
     `concurrency`: so many requests at once, or what finds out how many are good. `lanes` gives the lane of each model.
-    `prices` are for `budget.cost` and for the figures; `outage` waits for an endpoint that is down. `schedule`: when
+    `prices` are for `budget.cost` and for the figures; `outage` waits for an endpoint that is down; the `ledger` is
+    shared with the processes whose budget it is as well. `schedule`: when
     the rows are due, one by one, in seconds from the begin (an open loop: `concurrency` then only guards this machine);
     rows beyond its end are not taken.
     `on_failure(request, failure, attempt)` is told of every attempt that failed, the row's first being 1 (for logs);
@@ -102,6 +106,7 @@ class Runner:
         budget: Budget,
         prices: Prices | None = None,
         outage: Outage | None = None,
+        ledger: Ledger | None = None,
         schedule: Iterator[float] | None = None,
         on_failure: Callable[[Request, Failure, int], None] | None = None,
         on_gate: Callable[[str, float], None] | None = None,
@@ -118,7 +123,7 @@ class Runner:
         self._outage = outage or Outage(0.0, enabled=False)
         self._departures = Departures(self._lane_of, self._leave, slots, self._outage, progress)
         self._breaker = breaker
-        self._spending = Spending(budget, prices or {})
+        self._spending = Spending(budget, prices or {}, ledger)
         self._counts_tokens = lanes.rates.tpm is not None or budget.tokens is not None or budget.cost is not None
         self._estimator = Estimator()
         self._schedule = schedule
@@ -133,6 +138,7 @@ class Runner:
         self._idle = asyncio.Event()
         self._idle.set()
         self._error: BaseException | None = None
+        self._asking: asyncio.TimerHandle | None = None
         # One reading of the two clocks: instants become dates by it, whatever the wall clock does later.
         self._epoch = time.time() - time.monotonic()
 
@@ -294,9 +300,10 @@ class Runner:
 
     def _leave(self, course: Course) -> bool:
         """It is this row's turn (`engine.departures`); False: what is on the wire may use up the budget."""
-        if not self._spending.may_leave(course.lane_key, course.cost):
+        if not self._spending.take(course.lane_key, course.cost):
+            if self._spending.ledger is not None:
+                self._ask_the_ledger_again()
             return False
-        self._spending.expect(course.lane_key, course.cost)
         if course.turn is not None:
             course.holds_slot = True
             course.turn.set_result(None)
@@ -310,6 +317,13 @@ class Runner:
         self._tasks[task] = course
         task.add_done_callback(self._ended)
         return True
+
+    def _ask_the_ledger_again(self) -> None:
+        """Of what other processes spend, or turn out not to need, no news comes."""
+        if (why := self._spending.used_up()) is not None:
+            self.stop(Stop("budget", why))
+        elif self._asking is None or self._asking.when() <= asyncio.get_running_loop().time():
+            self._asking = asyncio.get_running_loop().call_later(LEDGER_S, self._departures.look)
 
     async def _unless_stopped(self, wait: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Wait, and say True, unless the run has stopped or stops first."""
@@ -438,7 +452,7 @@ class Runner:
         course.on_wire = True
         progress.in_flight += 1
         spending.requests += 1
-        if spending.requests == spending.budget.requests and (why := spending.used_up()) is not None:
+        if spending.budget.requests is not None and (why := spending.used_up()) is not None:
             self.stop(Stop("budget", why))
         try:
             depart = None if course.admitted else partial(self._admit, course)

@@ -27,6 +27,7 @@ class Begin(msgspec.Struct, tag=True):
     """The first word to a worker: the job, the endpoint and the limits of the whole job (`Share` says how much of them
     is this worker's).
 
+    `spent` is what earlier runs have cost; `ledger_fd`, `place`: the account of budgets, and whose line in it.
     `durable`, `failures`: whether the parent wants to hear of each stored result and of each failed attempt."""
 
     job: Job
@@ -39,16 +40,36 @@ class Begin(msgspec.Struct, tag=True):
     slots: int | None
     rates: Rates
     secrets: tuple[str, ...]
+    spent: float = 0.0
+    ledger_fd: int | None = None
+    place: int = 0
     durable: bool = False
     failures: bool = False
 
     @classmethod
     def of(
-        cls, job: Job, target: Target, journal: JournalDir, rates: Rates, slots: int | None, secrets: tuple[str, ...]
+        cls,
+        job: Job,
+        target: Target,
+        journal: JournalDir,
+        rates: Rates,
+        slots: int | None,
+        secrets: tuple[str, ...],
+        spent: float,
     ) -> Begin:
         """For any worker of the job; `Pool` fills in what is one worker's own."""
         return cls(
-            job, target.base_url, target.key, target.headers, str(journal.out), journal.shard, 0, slots, rates, secrets
+            job,
+            target.base_url,
+            target.key,
+            target.headers,
+            str(journal.out),
+            journal.shard,
+            0,
+            slots,
+            rates,
+            secrets,
+            spent,
         )
 
     def __repr__(self) -> str:

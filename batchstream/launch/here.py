@@ -134,21 +134,20 @@ class _Run:
         rows = self._taken(iter(proven))
         rates = await rates_of(job, self._plan, target, note)
         slots, hidden = slots_of(job, self._plan), secrets(job, self._plan)
-        workers, why = worker_count(job, slots, paced=rates.known)
-        if why:
-            note(why)
+        workers = worker_count(job, slots, paced=rates.known)
+        spent = await asyncio.to_thread(_spent_before, journal, self._plan)
         if self._shard is not None and rates.known:
             note(f"the limits are this shard's own: what {self._shard.of} of them may use together is up to you")
         began = time.monotonic()
         if workers > 1:
-            pool = Pool(workers, Begin.of(job, target, journal, rates, slots, hidden), journal, progress, self._hooks)
+            begin = Begin.of(job, target, journal, rates, slots, hidden, spent)
+            pool = Pool(workers, begin, journal, progress, self._hooks)
             self._control.bind(pool)
             try:
                 stop = await pool.serve(rows, proven.take_blocks)
             finally:
                 serving.evidence, serving.taken_over = pool.evidence(), pool.asked_again
         else:
-            spent = await asyncio.to_thread(_spent_before, journal, self._plan)
             gauges = Gauges()
             gauges.start()
             try:

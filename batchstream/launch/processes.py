@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -47,9 +48,10 @@ from batchstream.launch.channel import (
     Share,
     Told,
 )
+from batchstream.launch.ledger import SharedLedger, create
 from batchstream.policy.concurrency import MOST
 from batchstream.records import InvalidRow, Request, Result
-from batchstream.shard import Hooks, ahead
+from batchstream.shard import Hooks, ahead, budget_of
 
 STREAMS_A_WORKER = 64
 """`--workers auto` starts one for so many slots; one event loop carries several times that without being late."""
@@ -64,22 +66,15 @@ AHEAD_PER_SLOT, AHEAD = 4, 16
 """Rows that a worker holds at most: those under way (`engine.departures`), and a few that wait for the next slot."""
 
 
-def worker_count(job: Job, slots: int | None, *, paced: bool) -> tuple[int, str]:
-    """How many processes serve `job` with `slots` requests at once (None: as many as are found to be good), and what
-    the user should know about it. `paced`: its rate is limited, so that one is enough anyway."""
+def worker_count(job: Job, slots: int | None, *, paced: bool) -> int:
+    """How many processes serve `job` with `slots` requests at once (None: as many as are found to be good). `paced`:
+    its rate is limited, so that one is enough anyway."""
     cores = len(os.sched_getaffinity(0))
     if job.workers == "auto":
         wanted = 1 if paced or slots is None else min(cores, slots // STREAMS_A_WORKER)
     else:
         wanted = job.workers if slots is None else min(job.workers, slots)
-    capped = [name for name in ("max_requests", "max_tokens_total", "max_cost") if getattr(job, name) is not None]
-    if wanted > 1 and capped:
-        flag = "--" + capped[0].replace("_", "-")
-        return (
-            1,
-            f"one worker only: {flag} is counted in one place, or it could be overrun" if job.workers != "auto" else "",
-        )
-    return max(1, wanted), ""
+    return max(1, wanted)
 
 
 class _Worker:
@@ -93,6 +88,7 @@ class _Worker:
         self.counts: dict[str, Any] = {}
         self.ended: Ended | None = None
         self.slots = 1
+        self.ledger: SharedLedger | None = None
 
     @property
     def room(self) -> int:
@@ -124,6 +120,8 @@ class Pool:
         self._no_more = False
         self.asked_again = 0
         self._decode = msgspec.json.Decoder(Result).decode
+        self._ledger_fd: int | None = None
+        self._started = 0
         self._cpu_began = cpu_seconds()
 
     async def serve(
@@ -131,7 +129,15 @@ class Pool:
     ) -> Stop | None:
         """Serve `rows`. Returns why it stopped early, or None. Raises what a worker could not
         cope with (StorageError; RuntimeError with the traceback of a bug)."""
+        job = self._begin.job
+        budget = budget_of(job, datetime.now().astimezone())
+        alarm = None
+        if budget.seconds is not None:  # here: a worker that replaces another one began later
+            reason = Stop("budget", f"{budget.why} is over")
+            alarm = asyncio.get_running_loop().call_later(budget.seconds, self.stop, reason)
         try:
+            if not all(cap is None for cap in (budget.requests, budget.tokens, budget.cost)):
+                self._ledger_fd = create(self._count_of_workers * (1 + DEATHS_A_WORKER))
             for number in range(self._count_of_workers):
                 await self._start(number)
             self._share_out()
@@ -144,7 +150,11 @@ class Pool:
                 worker.channel.send(NoMoreRows())
             await self._all_ended()
         finally:
+            if alarm is not None:
+                alarm.cancel()
             await self._dismiss()
+            if self._ledger_fd is not None:
+                os.close(self._ledger_fd)
         if self._error is not None:
             raise self._error
         return self._stop
@@ -169,10 +179,15 @@ class Pool:
     async def _start(self, number: int) -> _Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        fds = [*self._journal.lock_fds, *([] if self._ledger_fd is None else [self._ledger_fd])]
         with theirs:
-            process = _spawn(theirs.fileno(), self._journal.lock_fds)
+            process = _spawn(theirs.fileno(), fds)
         worker = self._workers[number] = _Worker(number, process, await Channel.over(ours, News))
-        worker.channel.send(msgspec.structs.replace(self._begin, worker=number))
+        place, self._started = self._started, self._started + 1
+        if self._ledger_fd is not None:
+            worker.ledger = SharedLedger(self._ledger_fd, place)
+        begin = msgspec.structs.replace(self._begin, worker=number, ledger_fd=self._ledger_fd, place=place)
+        worker.channel.send(begin)
         for lane, until in self._gates.items():
             worker.channel.send(Gate(lane, until))
         if self._stop is not None:
@@ -238,6 +253,8 @@ class Pool:
                     self._fail(StorageError(message) if storage else RuntimeError(f"in a worker:\n{message}"))
         await asyncio.to_thread(worker.process.wait)
         await worker.channel.close()
+        if worker.ledger is not None:
+            worker.ledger.died()
         del self._workers[worker.number]
         if worker.ended is not None:
             self._past.append(worker.counts)
@@ -260,6 +277,8 @@ class Pool:
 
     def _add_up(self) -> None:
         merge(self._progress, [*self._past, *(worker.counts for worker in self._workers.values())])
+        if self._progress.cost is not None:
+            self._progress.cost += self._begin.spent
 
     async def _take_over(self, dead: _Worker) -> None:
         """A worker died without a word. Its rows that are stored count; a fresh process takes the others."""
@@ -357,11 +376,12 @@ def merge(progress: Progress, counts: list[dict[str, Any]]) -> None:
         progress.levels.append((time.monotonic(), progress.slots))
 
 
-def _spawn(fd: int, lock_fds: list[int]) -> subprocess.Popen[bytes]:
-    """A worker process with that end of the socket pair, and with the job's lock, which lasts as long as any of us."""
+def _spawn(fd: int, more_fds: list[int]) -> subprocess.Popen[bytes]:
+    """A worker process with that end of the socket pair, with the job's lock, which lasts as long as any of us, and
+    with the account of its budget."""
     return subprocess.Popen(  # noqa: S603  (ourselves)
         [sys.executable, "-m", "batchstream.launch.worker", str(fd)],
-        pass_fds=[fd, *lock_fds],
+        pass_fds=[fd, *more_fds],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

@@ -44,6 +44,7 @@ from batchstream.launch.channel import (
     Share,
     Told,
 )
+from batchstream.launch.ledger import SharedLedger
 from batchstream.launch.loops import loop_factory
 from batchstream.records import Failure, InvalidRow, Request, Result
 from batchstream.shard import Control, Hooks, Stoppable, run_shard
@@ -109,6 +110,8 @@ class Worker:
                     begin.job, Target(begin.base_url, begin.key, begin.headers), journal, self._given(),
                     self._take_blocks, self._progress, control, hooks,
                     rates=begin.rates, slots=begin.slots, secrets=begin.secrets, worker=begin.worker,
+                    spent=begin.spent,
+                    ledger=None if begin.ledger_fd is None else SharedLedger(begin.ledger_fd, begin.place),
                 )  # fmt: skip
         finally:
             gauges.stop()
@@ -144,6 +147,8 @@ class Worker:
 
     def _tell(self) -> None:
         counts = counts_of(self._progress)
+        if counts["cost"] is not None:
+            counts["cost"] -= self._begin.spent  # the parent adds it once
         ttft = list(self._progress.ttft)
         self._progress.ttft.clear()
         if self._stored or ttft or counts != self._told:

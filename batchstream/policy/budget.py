@@ -3,11 +3,16 @@
 What is on the wire counts with an estimate until its usage is known. A request whose estimate would go beyond the cap
 waits while others are under way, for they may turn out cheaper; with nobody under way it leaves, for the cap is not
 reached yet. So a cap is overrun by no more than the requests in flight, and mostly by a part of one.
+
+Several processes that work at one job keep one account: each writes what it has spent itself and reads what the others
+have, and only one at a time lets a request leave (`Ledger`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import msgspec
 
@@ -84,29 +89,78 @@ class Budget(msgspec.Struct, frozen=True):
     why: str = ""
 
 
-class Spending:
-    """`tokens` and `cost` so far, `cost` with what earlier runs have spent; the `expected_*` are of requests on the
-    wire."""
+class Spent(msgspec.Struct, frozen=True):
+    """What processes have spent, and expect to spend with what they have on the wire; `left`: requests that they let
+    leave."""
 
-    def __init__(self, budget: Budget, prices: Prices) -> None:
+    left: float = 0
+    tokens: float = 0
+    cost: float = 0.0
+    expected_tokens: float = 0.0
+    expected_cost: float = 0.0
+    on_wire: float = 0
+
+
+NONE_SPENT = Spent()
+
+
+class Ledger(Protocol):
+    """The account that the processes of a job share."""
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Within it nobody else reads or writes."""
+
+    def others(self) -> Spent:
+        """The sum over all other processes."""
+
+    def write(self, spent: Spent) -> None:
+        """What this one has spent by now."""
+
+
+class Spending:
+    """`tokens` and `cost` of this process so far, `cost` with what earlier runs have spent; the `expected_*` are of
+    requests on the wire. With a `ledger` the budget is that of all processes that share it."""
+
+    def __init__(self, budget: Budget, prices: Prices, ledger: Ledger | None = None) -> None:
         self.budget = budget
         self.prices = prices
+        self.ledger = ledger
         self.requests = 0
         self.tokens = 0
         self.cost = budget.spent
         self.expected_tokens = 0.0
         self.expected_cost = 0.0
         self._on_wire = 0
+        self._left = 0
 
-    def may_leave(self, model: str, cost: Cost) -> bool:
+    def take(self, model: str, cost: Cost) -> bool:
+        """Let a request of this estimate leave, if it fits (`may_leave`)."""
+        if self.ledger is None:
+            if not self.may_leave(model, cost):
+                return False
+            self.expect(model, cost)
+            return True
+        with self.ledger.alone():
+            others = self.ledger.others()
+            if self._cap_reached(others) is not None or not self.may_leave(model, cost, others):
+                return False
+            self._left += 1
+            self.expect(model, cost)
+            self._write()
+            return True
+
+    def may_leave(self, model: str, cost: Cost, others: Spent = NONE_SPENT) -> bool:
         """Whether a request of this estimate fits; else it waits for those on the wire."""
-        if not self._on_wire:
+        if not self._on_wire and not others.on_wire:
             return True
         budget = self.budget
-        tokens = self.tokens + self.expected_tokens + cost.input + cost.output
-        if budget.tokens is not None and tokens > budget.tokens:
+        tokens = self.tokens + self.expected_tokens + others.tokens + others.expected_tokens
+        if budget.tokens is not None and tokens + cost.input + cost.output > budget.tokens:
             return False
-        return budget.cost is None or self.cost + self.expected_cost + self._estimate(model, cost) <= budget.cost
+        if budget.cost is None:
+            return True
+        money = self.cost + self.expected_cost + others.cost + others.expected_cost
+        return money + self._estimate(model, cost) <= budget.cost
 
     def expect(self, model: str, cost: Cost) -> None:
         """A request of this estimate leaves."""
@@ -122,23 +176,41 @@ class Spending:
         self.expected_cost -= self._estimate(model, cost)
         if usage is None and events:
             usage = Usage(round(cost.input), events, round(cost.input) + events)
-        if usage is None:
-            return
-        self.tokens += usage.total_tokens or 0
-        if (price := price_of(self.prices, model)) is not None:
-            self.cost += price.of(usage)
+        if usage is not None:
+            self.tokens += usage.total_tokens or 0
+            if (price := price_of(self.prices, model)) is not None:
+                self.cost += price.of(usage)
+        if self.ledger is not None:
+            with self.ledger.alone():
+                self._write()
 
     def used_up(self) -> str | None:
-        """The reason to stop, when a cap is reached."""
+        """The reason to stop, when a cap is reached. Where the requests of several processes are counted: not before
+        those that this one let leave are on the wire."""
+        if self.ledger is None:
+            return self._cap_reached(NONE_SPENT)
+        if self.requests < self._left:
+            return None
+        with self.ledger.alone():
+            return self._cap_reached(self.ledger.others())
+
+    def _cap_reached(self, others: Spent) -> str | None:
         budget = self.budget
-        if budget.requests is not None and self.requests >= budget.requests:
+        requests = self.requests if self.ledger is None else self._left + others.left
+        tokens, cost = self.tokens + round(others.tokens), self.cost + others.cost
+        if budget.requests is not None and requests >= budget.requests:
             return f"--max-requests {budget.requests} are used up"
-        if budget.tokens is not None and self.tokens >= budget.tokens:
-            return f"--max-tokens-total {budget.tokens} are used up ({self.tokens} so far)"
-        if budget.cost is not None and self.cost >= budget.cost:
-            so_far = f"{self.cost:.6g} so far, earlier runs of this job included"
+        if budget.tokens is not None and tokens >= budget.tokens:
+            return f"--max-tokens-total {budget.tokens} are used up ({tokens} so far)"
+        if budget.cost is not None and cost >= budget.cost:
+            so_far = f"{cost:.6g} so far, earlier runs of this job included"
             return f"--max-cost {budget.cost:g} is used up ({so_far}; a higher one goes on)"
         return None
+
+    def _write(self) -> None:
+        assert self.ledger is not None  # noqa: S101  (whoever calls)
+        own = self.cost - self.budget.spent
+        self.ledger.write(Spent(self._left, self.tokens, own, self.expected_tokens, self.expected_cost, self._on_wire))
 
     def _estimate(self, model: str, cost: Cost) -> float:
         price = price_of(self.prices, model)

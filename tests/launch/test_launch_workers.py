@@ -136,10 +136,10 @@ def test_a_429_that_one_worker_meets_closes_the_gate_for_all(prompts: Path, tmp_
     assert not inside, f"{len(inside)} requests left through a closed gate"
 
 
-def test_what_is_counted_exactly_is_counted_by_one_worker(prompts: Path, tmp_path: Path, slow: Simulator) -> None:
+def test_the_last_request_of_a_budget_is_one_workers(prompts: Path, tmp_path: Path, slow: Simulator) -> None:
     done = batchstream("run", prompts, *at(slow, "--workers", 3, "--max-requests", 50, "-o", "o.jsonl"), cwd=tmp_path)
     assert done.returncode == 5, done.stderr
-    assert "one worker only: --max-requests" in done.stderr
+    assert "--max-requests 50 are used up" in done.stderr
     assert slow.ledger.requests == 50
     assert batchstream("run", prompts, *at(slow, "--workers", 2, "-o", "o.jsonl"), cwd=tmp_path).returncode == 3
     assert asked_twice(slow) == 0
@@ -173,7 +173,7 @@ async def test_results_are_streamed_from_all_workers(prompts: Path, tmp_path: Pa
 def test_auto_takes_a_worker_for_every_64_slots_and_one_where_the_rate_is_limited() -> None:
     job = Job(input="x", workers="auto")
     cores = len(os.sched_getaffinity(0))
-    assert worker_count(job, 16, paced=False) == (1, "")
-    assert worker_count(job, 64 * cores, paced=False) == (cores, "")
-    assert worker_count(job, 64 * cores, paced=True) == (1, "")
-    assert worker_count(Job(input="x", workers=4), 2, paced=False) == (2, ""), "one without a slot has nothing to do"
+    assert worker_count(job, 16, paced=False) == 1
+    assert worker_count(job, 64 * cores, paced=False) == cores
+    assert worker_count(job, 64 * cores, paced=True) == 1
+    assert worker_count(Job(input="x", workers=4), 2, paced=False) == 2, "one without a slot has nothing to do"
