@@ -118,6 +118,7 @@ class Runner:
         self._policy = policy
         self._lanes = lanes
         self._fraction = 1.0
+        self._held_until = 0.0
         self._adaptive = concurrency if isinstance(concurrency, Concurrency) else None
         slots = concurrency.level if isinstance(concurrency, Concurrency) else concurrency
         self._outage = outage or Outage(0.0, enabled=False)
@@ -156,6 +157,11 @@ class Runner:
             self._resize(min(self._adaptive.level, slots))
         self._departures.look()
 
+    def hold(self, until: float) -> None:
+        """Let no lane that is new begin before `until` (as in `close_gate`): what the process in whose place this one
+        stands has taken of the limits is still counted against them. Before the first row."""
+        self._held_until = until
+
     def close_gate(self, lane_key: str, until: float) -> None:
         """Let nothing leave by that lane before `until` (instant of the monotonic clock, the same in all processes of
         a machine): another process was told to wait. `on_gate` is not called."""
@@ -166,6 +172,8 @@ class Runner:
     def _lane_of(self, key: str) -> Lane:
         lane = self._lanes(key)
         lane.share(self._fraction)
+        if self._held_until > (now := time.monotonic()):
+            lane.close(self._held_until, now)
         lane.crowd = self._departures.slots
         return lane
 

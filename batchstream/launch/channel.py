@@ -27,7 +27,8 @@ class Begin(msgspec.Struct, tag=True):
     """The first word to a worker: the job, the endpoint and the limits of the whole job (`Share` says how much of them
     is this worker's).
 
-    `spent` is what earlier runs have cost; `ledger_fd`, `place`: the account of budgets, and whose line in it.
+    `spent` is what earlier runs have cost; `ledger_fd`, `place`: the account of budgets, and whose line in it;
+    `held_until`: instant of the monotonic clock before which its share of the rates is another's, who has died.
     `durable`, `failures`: whether the parent wants to hear of each stored result and of each failed attempt."""
 
     job: Job
@@ -43,6 +44,7 @@ class Begin(msgspec.Struct, tag=True):
     spent: float = 0.0
     ledger_fd: int | None = None
     place: int = 0
+    held_until: float = 0.0
     durable: bool = False
     failures: bool = False
 

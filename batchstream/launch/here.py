@@ -134,7 +134,7 @@ class _Run:
         rows = self._taken(iter(proven))
         rates = await rates_of(job, self._plan, target, note)
         slots, hidden = slots_of(job, self._plan), secrets(job, self._plan)
-        workers = worker_count(job, slots, paced=rates.known)
+        workers = worker_count(job, slots, rates)
         spent = await asyncio.to_thread(_spent_before, journal, self._plan)
         if self._shard is not None and rates.known:
             note(f"the limits are this shard's own: what {self._shard.of} of them may use together is up to you")

@@ -2,7 +2,8 @@
 
 The parent reads the input, hands out rows and counts; each worker runs the ordinary `run_shard` with a segment of the
 journal of its own. A worker holds only a few rows beyond its slots, so that none is left with a long tail. Slots and
-rates are divided among those that still work, and divided anew when one ends. A 429's gate is told to all.
+rates are divided among those that still work, and divided anew when one ends: slots at once, its part of the rates a
+minute later, when nothing of what it took counts any more. A 429's gate is told to all.
 
 A worker that dies (killed, out of memory): what it had stored counts, from its segment; the rows it still had go to a
 fresh process in its place, and of these only the ones that were in flight are asked again. The fresh one opens a later
@@ -50,11 +51,15 @@ from batchstream.launch.channel import (
 )
 from batchstream.launch.ledger import SharedLedger, create
 from batchstream.policy.concurrency import MOST
+from batchstream.policy.limits import Rates
 from batchstream.records import InvalidRow, Request, Result
 from batchstream.shard import Hooks, ahead, budget_of
 
 STREAMS_A_WORKER = 64
 """`--workers auto` starts one for so many slots; one event loop carries several times that without being late."""
+
+TOKENS_A_WORKER = 50_000
+"""Tokens a minute that a worker is given at least, as a request that is larger than its part must be let go as well."""
 
 DEATHS_A_WORKER = 3
 """So many times a worker is replaced; then something kills them all (memory, mostly), and more would die."""
@@ -66,14 +71,19 @@ AHEAD_PER_SLOT, AHEAD = 4, 16
 """Rows that a worker holds at most: those under way (`engine.departures`), and a few that wait for the next slot."""
 
 
-def worker_count(job: Job, slots: int | None, *, paced: bool) -> int:
-    """How many processes serve `job` with `slots` requests at once (None: as many as are found to be good). `paced`:
-    its rate is limited, so that one is enough anyway."""
+def worker_count(job: Job, slots: int | None, rates: Rates) -> int:
+    """How many processes serve `job` with `slots` requests at once (None: as many as are found to be good) and within
+    `rates`. None has less than one slot, or a part of a rate that a single request could be too large for."""
     cores = len(os.sched_getaffinity(0))
-    if job.workers == "auto":
-        wanted = 1 if paced or slots is None else min(cores, slots // STREAMS_A_WORKER)
+    if job.workers == "auto":  # within a rate one is always enough
+        wanted = 1 if rates.known or slots is None else min(cores, slots // STREAMS_A_WORKER)
     else:
         wanted = job.workers if slots is None else min(job.workers, slots)
+    heaviest = max(rates.weights.values(), default=1.0)
+    for limit, least in ((rates.rpm, heaviest), (rates.tpm, TOKENS_A_WORKER)):
+        for number in limit.values() if isinstance(limit, dict) else (limit,):
+            if number is not None:
+                wanted = min(wanted, int(number / least))
     return max(1, wanted)
 
 
@@ -88,6 +98,7 @@ class _Worker:
         self.counts: dict[str, Any] = {}
         self.ended: Ended | None = None
         self.slots = 1
+        self.fraction = 0.0
         self.ledger: SharedLedger | None = None
 
     @property
@@ -139,7 +150,7 @@ class Pool:
             if not all(cap is None for cap in (budget.requests, budget.tokens, budget.cost)):
                 self._ledger_fd = create(self._count_of_workers * (1 + DEATHS_A_WORKER))
             for number in range(self._count_of_workers):
-                await self._start(number)
+                await self._start(number, 1 / self._count_of_workers)
             self._share_out()
             try:
                 await self._hand_out(rows, take_blocks)
@@ -176,17 +187,21 @@ class Pool:
         for worker in self._workers.values():
             worker.channel.send(Cut())
 
-    async def _start(self, number: int) -> _Worker:
+    async def _start(self, number: int, fraction: float, held_until: float = 0.0) -> _Worker:
+        """A process with this part of the rates, which it may use from `held_until` on."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         fds = [*self._journal.lock_fds, *([] if self._ledger_fd is None else [self._ledger_fd])]
         with theirs:
             process = _spawn(theirs.fileno(), fds)
         worker = self._workers[number] = _Worker(number, process, await Channel.over(ours, News))
+        worker.fraction = fraction
         place, self._started = self._started, self._started + 1
         if self._ledger_fd is not None:
             worker.ledger = SharedLedger(self._ledger_fd, place)
-        begin = msgspec.structs.replace(self._begin, worker=number, ledger_fd=self._ledger_fd, place=place)
+        begin = msgspec.structs.replace(
+            self._begin, worker=number, ledger_fd=self._ledger_fd, place=place, held_until=held_until
+        )
         worker.channel.send(begin)
         for lane, until in self._gates.items():
             worker.channel.send(Gate(lane, until))
@@ -263,6 +278,9 @@ class Pool:
                 self.stop(worker.ended.stop)
         elif self._error is None:
             await self._take_over(worker)
+        if worker.number not in self._workers:
+            minute = self._begin.rates.minute if self._begin.rates.known else 0.0
+            asyncio.get_running_loop().call_later(minute, self._return, worker.fraction)
         self._share_out()
         self._room.set()
 
@@ -309,19 +327,27 @@ class Pool:
             self._hooks.on_note(
                 f"{how}; another takes over its {len(dead.rows)} rows, {len(in_flight)} of them asked again"
             )
-        fresh = await self._start(dead.number)
+        rates = self._begin.rates
+        held_until = time.monotonic() + rates.minute if rates.known else 0.0
+        fresh = await self._start(dead.number, dead.fraction, held_until)
         self._give(fresh, list(dead.rows.values()), [])
         if self._no_more:
             fresh.channel.send(NoMoreRows())
 
+    def _return(self, fraction: float) -> None:
+        """A part of the rates that was the part of a worker that has ended."""
+        for worker in self._workers.values():
+            worker.fraction += fraction / len(self._workers)
+        self._share_out()
+
     def _share_out(self) -> None:
-        """Divide slots and rates among those that work."""
+        """Divide the slots among those that work, and tell them their part of slots and rates."""
         working = sorted(self._workers)
         for place, number in enumerate(working):
             worker = self._workers[number]
             slots = self._slots // len(working) + (place < self._slots % len(working))
             worker.slots = max(1, slots)
-            worker.channel.send(Share(worker.slots, 1 / len(working)))
+            worker.channel.send(Share(worker.slots, min(1.0, worker.fraction)))
 
     def _fail(self, error: Exception) -> None:
         """The end of the run: what is on the wire elsewhere has been paid for and is waited for as after a stop."""

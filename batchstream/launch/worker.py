@@ -85,7 +85,7 @@ class Worker:
     def __init__(self, channel: Channel, begin: Begin) -> None:
         self._channel = channel
         self._begin = begin
-        self._control = Reins()
+        self._control = Reins(begin.held_until)
         self._progress = Progress(time.monotonic())
         self._rows: queue.SimpleQueue[list[Request | InvalidRow] | None] = queue.SimpleQueue()
         self._blocks: list[tuple[int, int, bytes]] = []
@@ -177,8 +177,9 @@ class Worker:
 class Reins(Control):
     """A worker's share of the limits may change, and gates may close, before its runner is there and after."""
 
-    def __init__(self) -> None:
+    def __init__(self, held_until: float) -> None:
         super().__init__()
+        self._held_until = held_until
         self._reined: Runner | None = None
         self._share: Share | None = None
         self._gates: list[Gate] = []
@@ -187,6 +188,7 @@ class Reins(Control):
         super().bind(runner)
         if isinstance(runner, Runner):
             self._reined = runner
+            runner.hold(self._held_until)
         if self._share is not None:
             self.share(self._share)
         for gate in self._gates:

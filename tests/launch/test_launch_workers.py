@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from batchstream.api import stream_results
 from batchstream.endpoints.simulate import SimulateConfig, Simulator, running
 from batchstream.job import Job
 from batchstream.launch.processes import worker_count
+from batchstream.policy.limits import Rates
 
 KEY = "sk-canary-0a1b2c3d4e5f6071"
 
@@ -145,6 +147,89 @@ def test_the_last_request_of_a_budget_is_one_workers(prompts: Path, tmp_path: Pa
     assert asked_twice(slow) == 0
 
 
+def test_a_cap_on_tokens_or_cost_is_overrun_by_no_more_than_what_was_in_flight(
+    prompts: Path, tmp_path: Path, slow: Simulator
+) -> None:
+    priced = at(slow, "--workers", 3, "--price", "in=0,out=1000000", "--param", "max_tokens=5", "-o", "o.jsonl")
+    done = batchstream("run", prompts, *priced, "--max-cost", 300, cwd=tmp_path)  # 5 an answer
+    assert done.returncode == 5, done.stderr
+    spent = json.loads((tmp_path / "o.jsonl.summary.json").read_text())["limits"]["cost"]
+    assert 300 <= spent <= 300 + 12 * 5
+    assert slow.ledger.requests == spent / 5
+    more = batchstream("run", prompts, *priced, "--max-cost", 700, cwd=tmp_path)
+    assert more.returncode == 5, more.stderr
+    total = json.loads((tmp_path / "o.jsonl.summary.json").read_text())["limits"]["cost"]
+    assert 700 <= total <= 700 + 12 * 5
+    assert slow.ledger.requests == total / 5, "what earlier runs have cost counts"
+    done = batchstream("run", prompts, *priced, "--max-tokens-total", 200, cwd=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "--max-tokens-total 200 are used up" in done.stderr
+
+
+def test_a_worker_that_dies_leaves_its_account_and_the_budget_holds(
+    prompts: Path, tmp_path: Path, slow: Simulator
+) -> None:
+    run = start("run", prompts, *at(slow, "--workers", 2, "--max-requests", 200, "-o", "o.jsonl"), cwd=tmp_path)
+    eventually(lambda: slow.ledger.requests > 60, "60 requests")
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 5, stderr
+    assert slow.ledger.requests == 200
+
+
+@pytest.mark.parametrize("window", ["rolling", "fixed"])
+def test_the_rate_of_all_workers_together_is_kept_also_when_one_dies(tmp_path: Path, window: str) -> None:
+    """600 a minute on a clock that runs 20 times as fast; the endpoint refuses what is more."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(1500)))
+    sim = [word for setting in ("tokens=1", "rpm=600", "speedup=20") for word in ("--sim", setting)]
+    limits = ("--workers", 3, "--concurrency", 30, "--rpm", 600, "--window", window)
+    run = start("run", rows, "--provider", "sim", *sim, *limits, "-o", "out.jsonl", "--no-progress", cwd=tmp_path)
+    journal = tmp_path / "out.jsonl.journal"
+    eventually(lambda: sum(path.stat().st_size for path in journal.glob("seg-*")) > 200_000, "300 answers or so")
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr
+    found = summary_of(tmp_path / "out.jsonl")
+    assert found["limits"]["refused"] == 0
+    assert found["rows"]["ok"] == 1500
+
+
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(range(3, 40), marks=pytest.mark.sweep)])
+def test_workers_killed_at_any_moment_cost_no_row_and_no_answer(
+    prompts: Path, tmp_path: Path, seed: int | range
+) -> None:
+    for number in (seed,) if isinstance(seed, int) else seed:
+        chance, cwd = random.Random(number), tmp_path / str(number)
+        cwd.mkdir()
+        with running(SimulateConfig(tokens=4, ttft=0.02, gap=0.005, faults=("503=0.05",))) as simulator:
+            run = start("run", prompts, *at(simulator, "--workers", 3, "-o", "out.jsonl"), cwd=cwd)
+            killed = 0
+            for _ in range(chance.randrange(1, 4)):
+                wanted = simulator.ledger.requests + chance.randrange(1, 80)
+                while simulator.ledger.requests < wanted and run.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(chance.random() * 0.05)
+                if run.poll() is None and (alive := workers_of(run)):
+                    os.kill(chance.choice(alive), signal.SIGKILL)
+                    killed += 1
+            if chance.random() < 0.5 and run.poll() is None:
+                run.kill()
+            run.communicate(timeout=120)
+            resumed = batchstream(
+                "run", prompts, *at(simulator, "--workers", chance.randrange(1, 5), "-o", "out.jsonl"),
+                "--lock-wait", 5, cwd=cwd,
+            )  # fmt: skip
+            assert resumed.returncode == 3, resumed.stderr  # the malformed row
+            whole = [entry for entry in simulator.ledger.entries if entry.status == 200]
+        rows = rows_of(cwd / "out.jsonl")
+        assert [row["row"] for row in rows] == list(range(300))
+        assert {row["status"] for row in rows if row["row"] != 7} == {"ok"}
+        answers = [entry.digest for entry in whole if not entry.closed_early]
+        # An answer may have come whole and its worker died before it was written: no more than were in flight.
+        assert len(answers) - len(set(answers)) <= 12 * (killed + 1)
+
+
 def test_trouble_with_the_account_stops_all_workers(prompts: Path, tmp_path: Path) -> None:
     with running(SimulateConfig(tokens=5, key="another-key-than-ours")) as simulator:
         done = batchstream("run", prompts, *at(simulator, "--workers", 3, "--api-key-env", "K"), cwd=tmp_path, K=KEY)
@@ -173,7 +258,10 @@ async def test_results_are_streamed_from_all_workers(prompts: Path, tmp_path: Pa
 def test_auto_takes_a_worker_for_every_64_slots_and_one_where_the_rate_is_limited() -> None:
     job = Job(input="x", workers="auto")
     cores = len(os.sched_getaffinity(0))
-    assert worker_count(job, 16, paced=False) == 1
-    assert worker_count(job, 64 * cores, paced=False) == cores
-    assert worker_count(job, 64 * cores, paced=True) == 1
-    assert worker_count(Job(input="x", workers=4), 2, paced=False) == 2, "one without a slot has nothing to do"
+    assert worker_count(job, 16, Rates()) == 1
+    assert worker_count(job, 64 * cores, Rates()) == cores
+    assert worker_count(job, 64 * cores, Rates(rpm=600)) == 1
+    assert worker_count(Job(input="x", workers=4), 100, Rates(rpm=600)) == 4
+    assert worker_count(Job(input="x", workers=4), 100, Rates(rpm={"m": 3})) == 3
+    assert worker_count(Job(input="x", workers=4), 100, Rates(tpm=100_000)) == 2
+    assert worker_count(Job(input="x", workers=4), 2, Rates()) == 2, "one without a slot has nothing to do"
